@@ -1,0 +1,209 @@
+"""DPM/SPM Control Apply: x_c = DPM(x_lr) + SPM(x_lr) and the image prompt p for any sampler (paper Sec. 3.1, 3.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from .compat import HostObject, notice, schema, widget
+from .control_hooks import NODE, ControlSettings, attach_control
+from .model_checks import check_model
+from .sockets import KEY, ClearSRSocket
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from .sockets import ClearSRBundle
+
+_SKIPS_PER_LEVEL = 3
+
+
+def parse_level_weights(text: str, skips: int = 12) -> tuple[float, ...]:
+    """Read the advanced widget: nothing, one number per level and one for the middle, or one per residual.
+
+    Returns:
+        skips + 1 numbers: the skips from fine to coarse, then the middle.
+    """
+    parts = text.replace(",", " ").split()
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = None
+    levels = skips // _SKIPS_PER_LEVEL
+    if numbers == []:
+        return (1.0,) * (skips + 1)
+    if numbers is not None and len(numbers) == levels + 1:
+        numbers = [number for number in numbers[:-1] for _ in range(_SKIPS_PER_LEVEL)] + numbers[-1:]
+    if numbers is None or len(numbers) != skips + 1 or not all(abs(number) < float("inf") for number in numbers):
+        raise ValueError(
+            f"{NODE}: level_weights is '{text}'. Leave it empty, or write {levels + 1} numbers (the levels from fine "
+            f"to coarse and the middle) or {skips + 1} numbers (each residual), separated by commas."
+        )
+    return tuple(numbers)
+
+
+def decoder_prompt(
+    bundle: ClearSRBundle, clip_vision: HostObject, entry: dict | None
+) -> tuple[Tensor | None, str | None]:
+    """Choose the image prompt p (METHOD 3.4).
+
+    Returns:
+        (B, n, context width) or None for the empty prompt, and a sentence for the user where that is a fallback.
+    """
+    mode, width = bundle.config.prompt_mode, bundle.config.control.context_dim
+    if mode == "null":
+        return None, None
+    if clip_vision is None:
+        own = (entry or {}).get("image_prompt")
+        if own is not None:
+            return own, None
+        return None, (
+            f"{NODE}: no CLIP_VISION_OUTPUT is connected, so the decoder reads the empty prompt instead of the "
+            f"picture. '{bundle.name}' was trained with CLIP ViT-H/14 image features."
+        )
+    if bundle.image_encoder is not None:
+        raise ValueError(f"{NODE}: '{bundle.name}' has its own image encoder; disconnect the clip_vision_output input.")
+    name = "image_embeds" if mode == "pooled" else "last_hidden_state"
+    features = clip_vision[name]
+    if features is None or features.shape[-1] != width:
+        found = "none" if features is None else str(features.shape[-1])
+        raise ValueError(
+            f"{NODE}: the CLIP_VISION_OUTPUT has {found} features ({name}), but '{bundle.name}' needs {width}. Use the "
+            "CLIP vision model ViT-H/14 (CLIP-ViT-H-14-laion2B-s32B-b79K)."
+        )
+    tokens = features[:, None] if features.ndim == 2 else features  # (B, n, width)
+    return tokens.float(), None
+
+
+class ClearSRControlApply(io.ComfyNode):
+    """MODEL, CLEARSR, LATENT x_lr -> MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ClearSRControlApply",
+            display_name="DPM/SPM Control Apply",
+            description=(
+                "Lets the low-resolution picture control the diffusion model: DPM carries its detail, SPM its "
+                "structure, and the decoder reads an image prompt instead of text. Works with any sampler; applying "
+                "it again replaces the earlier one."
+            ),
+            search_aliases=["clearsr", "controlnet", "dpm", "spm", "detail preserving", "structure preserving"],
+            inputs=[
+                widget(io.Model, "model", tooltip="The MODEL of ClearSR Loader."),
+                widget(ClearSRSocket, "clearsr", tooltip="From ClearSR Loader."),
+                widget(io.Latent, "lr_latent", tooltip="From LR Latent Encode."),
+                widget(
+                    io.Float,
+                    "dpm_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Strength of the Detail Preserving Module. 1 = as trained, 0 = off (saves its time).",
+                ),
+                widget(
+                    io.Float,
+                    "spm_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Strength of the Structure Preserving Module. 1 = as trained, 0 = off (saves its time).",
+                ),
+                widget(
+                    io.Float,
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling the control begins: 0 = from the first step.",
+                ),
+                widget(
+                    io.Float,
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling the control ends: 1 = after the last step.",
+                ),
+                widget(
+                    io.Int,
+                    "control_every",
+                    default=1,
+                    min=1,
+                    max=50,
+                    step=1,
+                    advanced=True,
+                    tooltip="Compute the control anew at every n-th step only. 1 = at each step, exact; 2 saves about "
+                    "a fifth of the time. Models trained with a fixed control time compute it once by themselves.",
+                ),
+                widget(
+                    io.String,
+                    "level_weights",
+                    default="",
+                    advanced=True,
+                    tooltip="Factors for the residuals, separated by commas: 5 numbers (four levels from fine to "
+                    "coarse, then the middle) or 13 (each of the 12 skips, then the middle). Empty = all 1.",
+                ),
+                widget(
+                    io.ClipVisionOutput,
+                    "clip_vision_output",
+                    optional=True,
+                    tooltip="CLIP ViT-H/14 features of the low-resolution picture: the image prompt of SD 2.1 files. "
+                    "Self-contained files bring their own. Without it the decoder reads the empty prompt.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The controlled MODEL, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        clearsr: ClearSRBundle,
+        lr_latent: dict,
+        dpm_strength: float = 1.0,
+        spm_strength: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        control_every: int = 1,
+        level_weights: str = "",
+        clip_vision_output: HostObject = None,
+    ) -> io.NodeOutput:
+        check_model(NODE, model, clearsr.config, clearsr.name)
+        samples = lr_latent["samples"]
+        if samples.ndim != 4 or samples.shape[1] != clearsr.config.control.latent_channels:
+            raise ValueError(
+                f"{NODE}: lr_latent has the shape {tuple(samples.shape)}; connect the LR_LATENT of LR Latent Encode "
+                f"({clearsr.config.control.latent_channels} channels)."
+            )
+        if start_percent > end_percent:
+            raise ValueError(
+                f"{NODE}: start_percent {start_percent} lies after end_percent {end_percent}; the control would never "
+                "act."
+            )
+        prompt, fallback = decoder_prompt(clearsr, clip_vision_output, lr_latent.get(KEY))
+        if fallback is not None:
+            notice(cls, fallback)
+        if prompt is not None and prompt.shape[0] not in (1, samples.shape[0]):
+            raise ValueError(
+                f"{NODE}: the image prompt was made from {prompt.shape[0]} pictures, x_lr from {samples.shape[0]}. "
+                "Make both from the same IMAGE."
+            )
+        settings = ControlSettings(
+            dpm_strength,
+            spm_strength,
+            start_percent,
+            end_percent,
+            control_every,
+            parse_level_weights(level_weights),
+        )
+        controlled = attach_control(model, clearsr, samples, prompt, settings)
+        # The samplers below find the empty prompt here, whatever happened to the MODEL in between.
+        controlled.set_attachments(KEY, {"null_text": clearsr.null_text})
+        return io.NodeOutput(controlled)

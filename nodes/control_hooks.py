@@ -1,0 +1,335 @@
+"""What DPM/SPM Control Apply hangs on a MODEL: three closures and no state of their own.
+
+    SAMPLER_SAMPLE wrapper   once per run: binds x_lr and p to every conditioning, so that the host itself crops them to
+                             areas, tiles and context windows, repeats and batches them
+    APPLY_MODEL wrapper      once per model call: computes the control and merges it with that of other ControlNets
+    attn2 patch              in the UNet's decoder only: p instead of the text (paper Sec. 3.1)
+
+Closures, because ComfyUI 0.3.75 deep-copies objects in model_options at every clone, weights included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import comfy.conds
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from .compat import HostObject
+from .sockets import KEY
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..clearsr_core.control import ClearSRControl, ControlResiduals
+    from .sockets import ClearSRBundle
+
+LR, PROMPT, RUN = "clearsr_lr", "clearsr_prompt", "clearsr_run"  # names in model_conds and transformer_options
+NODE = "DPM/SPM Control Apply"
+_CACHED_CONTROLS = 8  # areas or tiles of one step; beyond that the oldest is computed again
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """The node's widgets."""
+
+    dpm_strength: float = 1.0
+    spm_strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    every: int = 1  # compute the control at every n-th step only
+    level_weights: tuple[float, ...] = (1.0,) * 13  # 12 skips from fine to coarse, then the middle
+
+
+@dataclass
+class ControlRun:
+    """What one sampling run knows; made when it starts and gone when it ends."""
+
+    lr_latent: Tensor  # (B, 4, h, w) model units, on the sampling device
+    sigmas: Tensor  # the run's schedule
+    cache: list[CachedControl] = field(default_factory=list)
+
+    def step(self, sigma: float) -> int:
+        """Return the step of the schedule that a model call at `sigma` belongs to."""
+        return max(0, int((self.sigmas >= sigma * (1.0 - 1e-5)).sum()) - 1)
+
+
+@dataclass(frozen=True)
+class CachedControl:
+    """Residuals with everything that they were computed from."""
+
+    moment: tuple[int | float, ...]  # equal moments may share a control
+    lr_latent: Tensor
+    x_t: Tensor | None
+    residuals: ControlResiduals
+
+
+def attach_control(
+    model: ModelPatcher,
+    bundle: ClearSRBundle,
+    lr_latent: Tensor,
+    prompt: Tensor | None,
+    settings: ControlSettings,
+) -> ModelPatcher:
+    """Return a clone of `model` that ClearSR controls; a control that we attached before is replaced.
+
+    Args:
+        model: MODEL; never changed.
+        bundle: networks and configuration.
+        lr_latent: (B, 4, h, w) x_lr in VAE units.
+        prompt: (B, n, context width) image prompt p for the decoder, or None = the decoder reads the conditioning.
+        settings: strengths and range.
+    """
+    clone = model.clone()
+    for kind in (WrappersMP.SAMPLER_SAMPLE, WrappersMP.APPLY_MODEL, WrappersMP.PREPARE_SAMPLING):
+        clone.remove_wrappers_with_key(kind, KEY)
+    _remove_attn2_patch(clone)
+    clone.set_additional_models(KEY, [bundle.control])
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _bind(lr_latent, prompt))
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _control(bundle, settings))
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _reserve_memory)
+    if prompt is not None:
+        clone.set_model_attn2_patch(_decoder_reads_prompt)
+    return clone
+
+
+def _remove_attn2_patch(clone: ModelPatcher) -> None:
+    options = clone.model_options["transformer_options"]
+    patches = options.get("patches", {})
+    if _decoder_reads_prompt in patches.get("attn2_patch", []):
+        kept = [patch for patch in patches["attn2_patch"] if patch is not _decoder_reads_prompt]
+        options["patches"] = {**patches, "attn2_patch": kept}
+
+
+def _decoder_reads_prompt(query: Tensor, context: Tensor, value: Tensor | None, options: dict) -> tuple:
+    """Replace the text of the cross-attention by p, in the UNet's decoder only (host: attn2_patch)."""
+    prompt = options.get(PROMPT)
+    if prompt is None or options["block"][0] != "output":
+        return query, context, value
+    prompt = prompt.to(query.dtype)
+    return query, prompt, prompt
+
+
+def _bind(lr_latent: Tensor, prompt: Tensor | None) -> Callable[..., Tensor]:
+    """Make the wrapper around a whole run (host: SAMPLER_SAMPLE)."""
+
+    def bind(
+        executor: HostObject,
+        guider: HostObject,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: HostObject,
+        noise: Tensor,
+        *rest: HostObject,
+    ) -> Tensor:
+        device, batch = noise.device, noise.shape[0]
+        _check_size(lr_latent, noise)
+        x_lr = guider.inner_model.process_latent_in(lr_latent).to(device, torch.float32)
+        x_lr = comfy.utils.repeat_to_batch_size(x_lr, batch)
+        for name, conds in guider.conds.items():
+            bound = []
+            for cond in conds:
+                model_conds = {**cond["model_conds"], LR: comfy.conds.CONDNoiseShape(x_lr)}
+                tokens = _prompt_tokens(prompt, model_conds.get("c_crossattn"), name, batch)
+                if tokens is not None:
+                    model_conds[PROMPT] = comfy.conds.CONDRegular(tokens.to(device))
+                bound.append({**cond, "model_conds": model_conds})
+            guider.conds[name] = bound
+        # The run's memory rides in this run's own copy of transformer_options and ends with it.
+        options = extra_args["model_options"]["transformer_options"]
+        options[RUN] = ControlRun(x_lr, sigmas)
+        return executor(guider, sigmas, extra_args, callback, noise, *rest)
+
+    return bind
+
+
+def _check_size(lr_latent: Tensor, noise: Tensor) -> None:
+    if lr_latent.shape[1:] != noise.shape[1:]:
+        ours, theirs = (f"{shape[-1] * 8} x {shape[-2] * 8} pixels" for shape in (lr_latent.shape, noise.shape))
+        raise ValueError(
+            f"{NODE}: its LR_LATENT is {ours} ({lr_latent.shape[1]} channels), but the latent being sampled is "
+            f"{theirs} ({noise.shape[1]} channels). Connect the same LR Latent Encode output to both."
+        )
+    if lr_latent.shape[0] not in (1, noise.shape[0]):
+        raise ValueError(
+            f"{NODE}: its LR_LATENT holds {lr_latent.shape[0]} pictures, but {noise.shape[0]} are being sampled. "
+            "Connect the same LR Latent Encode output to both."
+        )
+
+
+def _prompt_tokens(prompt: Tensor | None, text: HostObject, name: str, batch: int) -> Tensor | None:
+    """Return what the decoder reads for one conditioning, (B, n, C).
+
+    Negative conditionings keep their own text there (METHOD 3.5). It is bound as well, and p is repeated to as many
+    tokens, which changes nothing in attention: only equal shapes let the host run both halves of guidance in one
+    batch.
+    """
+    if prompt is None:
+        return None
+    words = None if text is None else text.cond
+    if name == "negative" and words is not None:
+        return comfy.utils.repeat_to_batch_size(words, batch)
+    if words is not None and prompt.shape[1] == 1:
+        prompt = prompt.expand(-1, words.shape[1], -1)
+    return comfy.utils.repeat_to_batch_size(prompt, batch)
+
+
+def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., Tensor]:
+    """Make the wrapper around a model call (host: APPLY_MODEL)."""
+    config = bundle.config.control
+    sees_x_t = config.control_input == "lr+xt"
+    constant = config.control_time == "fixed" and not sees_x_t
+    null_text = bundle.null_text[None]  # (1, tokens, width)
+    off = all(weight == 0.0 for weight in settings.level_weights) or not (
+        settings.dpm_strength or settings.spm_strength
+    )
+
+    def control(
+        executor: HostObject,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: dict | None = None,
+        transformer_options: dict | None = None,
+        **conds: HostObject,
+    ) -> Tensor:
+        options = dict(transformer_options or {})
+        run: ControlRun | None = options.pop(RUN, None)
+        x_lr, prompt = conds.pop(LR, None), conds.pop(PROMPT, None)
+        if prompt is not None:
+            options[PROMPT] = prompt
+        base = executor.class_obj  # the host's BaseModel on this device
+        if x_lr is None and run is not None:
+            x_lr = run.lr_latent  # a conditioning that the guider made after the run had begun
+        x_lr = _window(x_lr, x, options)
+        sampling = base.model_sampling
+        sigma = float(t.flatten()[0])
+        in_range = (
+            sampling.percent_to_sigma(settings.start_percent)
+            >= sigma
+            >= sampling.percent_to_sigma(settings.end_percent)
+        )
+        if x_lr is not None and in_range and not off:
+            if x_lr.shape[-2:] != x.shape[-2:]:
+                raise ValueError(
+                    f"{NODE}: a node cut the latent to {tuple(x.shape[-2:])} without cutting x_lr "
+                    f"{tuple(x_lr.shape[-2:])}. That node cannot be used together with ClearSR."
+                )
+            net: ClearSRControl = base.current_patcher.get_additional_models_with_key(KEY)[0].model
+            dtype = base.manual_cast_dtype or base.get_dtype()
+            x_lr = comfy.utils.repeat_to_batch_size(x_lr.to(x.device), x.shape[0])
+            x_t = sampling.calculate_input(t, x) if sees_x_t else None
+            moment: tuple[int | float, ...] = ()
+            if not constant:
+                # Reuse over several steps goes by the step; otherwise only calls at the very same sigma share.
+                moment = (sigma,) if settings.every == 1 or run is None else (run.step(sigma) // settings.every,)
+
+            def compute(x_lr: Tensor, x_t: Tensor | None) -> ControlResiduals:
+                timestep = sampling.timestep(t[: x_lr.shape[0]]).float()
+                return net(
+                    x_lr.to(dtype),
+                    timestep,
+                    null_text.to(x.device, dtype),
+                    None if x_t is None else x_t.to(dtype),
+                    dpm_strength=settings.dpm_strength,
+                    spm_strength=settings.spm_strength,
+                )
+
+            reuse_x_t = x_t if settings.every == 1 else None  # between the computed steps x_t has moved on
+            residuals = _shared(run, moment, x_lr, x_t, reuse_x_t, len(options.get("cond_or_uncond", [0])), compute)
+            control = _merged(control, residuals, settings.level_weights)
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+    return control
+
+
+def _window(x_lr: Tensor | None, x: Tensor, options: dict) -> Tensor | None:
+    """Cut x_lr to the host's context window where the host did not do it itself (ComfyUI 0.3.75, 2-D windows)."""
+    if x_lr is None or x_lr.shape[-2:] == x.shape[-2:] or "context_window" not in options:
+        return x_lr
+    window = options["context_window"]
+    return window.get_tensor(x_lr, dim=window.dim)
+
+
+def _shared(
+    run: ControlRun | None,
+    moment: tuple[int | float, ...],
+    x_lr: Tensor,
+    x_t: Tensor | None,
+    compared_x_t: Tensor | None,
+    halves: int,
+    compute: Callable[[Tensor, Tensor | None], ControlResiduals],
+) -> ControlResiduals:
+    """Compute the control, once for what is equal.
+
+    Conditional and unconditional rows of one batch see the same x_lr, and so may separate calls of one step, or all
+    steps when the control's time is fixed. Equality is tested, not assumed: tilers order rows differently.
+    """
+    batch = x_lr.shape[0]
+    rows = batch // halves if batch % halves == 0 else batch
+    if rows < batch and not all(_repeats(tensor, rows) for tensor in (x_lr, x_t) if tensor is not None):
+        rows = batch
+    x_lr, x_t = x_lr[:rows], None if x_t is None else x_t[:rows]
+    compared_x_t = None if compared_x_t is None else compared_x_t[:rows]
+
+    for entry in run.cache if run is not None else ():
+        if entry.moment == moment and _same(entry.lr_latent, x_lr) and _same(entry.x_t, compared_x_t):
+            return _repeated(entry.residuals, batch // rows)
+    residuals = compute(x_lr, x_t)
+    if run is not None:
+        fresh = [entry for entry in run.cache if entry.moment == moment][-(_CACHED_CONTROLS - 1) :]
+        run.cache = [*fresh, CachedControl(moment, x_lr, compared_x_t, residuals)]
+    return _repeated(residuals, batch // rows)
+
+
+def _repeats(tensor: Tensor, rows: int) -> bool:
+    first = tensor[:rows]
+    return all(torch.equal(first, tensor[start : start + rows]) for start in range(rows, tensor.shape[0], rows))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+
+
+def _repeated(residuals: ControlResiduals, times: int) -> ControlResiduals:
+    if times == 1:
+        return residuals
+    return type(residuals)(
+        tuple(residual.repeat(times, 1, 1, 1) for residual in residuals.down), residuals.mid.repeat(times, 1, 1, 1)
+    )
+
+
+def _merged(control: dict | None, residuals: ControlResiduals, weights: tuple[float, ...]) -> dict[str, list]:
+    """Add our residuals to those of other ControlNets.
+
+    The lists are new at every call, because the UNet empties them; the host's order is ours, fine to coarse.
+    """
+    *down, mid = (
+        None if weight == 0.0 else residual if weight == 1.0 else residual * weight
+        for residual, weight in zip((*residuals.down, residuals.mid), weights, strict=True)
+    )
+    control = control or {}
+    return {**control, "output": _added(control.get("output"), down), "middle": _added(control.get("middle"), [mid])}
+
+
+def _added(theirs: list | None, ours: list) -> list:
+    theirs = list(theirs or [])
+    length = max(len(theirs), len(ours))
+    theirs, ours = (values + [None] * (length - len(values)) for values in (theirs, list(ours)))
+    return [b if a is None else a if b is None else a + b for a, b in zip(theirs, ours, strict=True)]
+
+
+def _reserve_memory(
+    executor: HostObject, model: HostObject, shape: HostObject, *rest: HostObject, **options: HostObject
+) -> HostObject:
+    """Ask the host for room for the control networks' activations, half of the UNet's (host: PREPARE_SAMPLING)."""
+    return executor(model, [math.ceil(shape[0] * 1.5), *shape[1:]], *rest, **options)

@@ -1,0 +1,149 @@
+"""LR Latent Encode: a low-resolution picture becomes x_lr, the latent LR embedding (paper Sec. 3.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from . import pictures
+from .compat import notice, schema, widget
+from .sockets import KEY, ClearSRSocket, LREntry
+
+if TYPE_CHECKING:
+    from comfy.sd import VAE
+
+    from .sockets import ClearSRBundle
+
+NODE = "LR Latent Encode"
+TILE_OVERLAP = 64  # pixels
+
+
+def encode(vae: VAE, image: Tensor, tile: int) -> Tensor:
+    """Encode (B, H, W, 3) in [0, 1] to the posterior's mode, (B, 4, H/8, W/8) in VAE units."""
+    if tile == 0 or max(image.shape[1:3]) <= tile:
+        return vae.encode(image)
+    return vae.encode_tiled(image, tile_x=tile, tile_y=tile, overlap=TILE_OVERLAP)
+
+
+def image_prompt(bundle: ClearSRBundle, image: Tensor) -> Tensor | None:
+    """Return p from the file's own image encoder, (B, 1, context width), or None where the file has none."""
+    if bundle.image_encoder is None:
+        return None
+    patcher = bundle.image_encoder
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher.model(image.movedim(-1, 1).to(patcher.load_device)).float().cpu()
+
+
+class ClearSRLREncode(io.ComfyNode):
+    """CLEARSR, IMAGE -> LATENT x_lr, upscaled IMAGE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ClearSRLREncode",
+            display_name="LR Latent Encode",
+            description=(
+                "Enlarges the low-resolution picture to its final size and encodes it with the adapted encoder. The "
+                "LATENT is an ordinary one: VAE Decode shows what the model sees. Odd sizes are padded by reflection "
+                "at the right and the bottom; ClearSR Color Fix cuts them back to exactly scale x input."
+            ),
+            search_aliases=["clearsr", "vae encode", "upscale", "lr embedding", "x_lr"],
+            inputs=[
+                widget(ClearSRSocket, "clearsr", tooltip="From ClearSR Loader."),
+                widget(io.Image, "image", tooltip="The low-resolution picture, any size; a batch is encoded together."),
+                widget(
+                    io.Float,
+                    "scale",
+                    default=4.0,
+                    min=0.25,
+                    max=16.0,
+                    step=0.25,
+                    round=0.001,
+                    tooltip="How many times wider and higher the result is. The models are trained for 4.",
+                ),
+                widget(
+                    io.Int,
+                    "width",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    step=1,
+                    tooltip="Width of the result in pixels instead of the scale; 0 = not given. With only one of "
+                    "width and height the shape is kept.",
+                ),
+                widget(
+                    io.Int,
+                    "height",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    step=1,
+                    tooltip="Height of the result in pixels instead of the scale; 0 = not given.",
+                ),
+                widget(
+                    io.Combo,
+                    "resize",
+                    options=["bicubic", "bilinear", "area", "nearest-exact"],
+                    default="bicubic",
+                    tooltip="How the picture is enlarged before it is encoded. The models are trained with bicubic.",
+                ),
+                widget(
+                    io.Int,
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=64,
+                    advanced=True,
+                    tooltip="Encode in tiles of this many pixels to save memory; 0 = in one piece, which is exact. "
+                    "512 is the size the models are trained at.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="LR_LATENT", tooltip="x_lr, for DPM/SPM Control Apply and LSA KSampler."),
+                io.Image.Output(
+                    display_name="IMAGE",
+                    tooltip="The enlarged picture, unpadded: the reference for ClearSR Color Fix and for comparisons.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clearsr: ClearSRBundle,
+        image: Tensor,
+        scale: float = 4.0,
+        width: int = 0,
+        height: int = 0,
+        resize: pictures.Resize = "bicubic",
+        tile_size: int = 0,
+    ) -> io.NodeOutput:
+        image, notices = pictures.usable_image(NODE, "image", image)
+        for text in notices:
+            notice(cls, text)
+        if 0 < tile_size < 2 * TILE_OVERLAP:
+            raise ValueError(
+                f"{NODE}: tile_size is {tile_size}; it must be 0 (off) or at least {2 * TILE_OVERLAP} pixels."
+            )
+        content = pictures.target_size((image.shape[1], image.shape[2]), scale, width, height)
+        enlarged = pictures.resize(image, content, resize)
+        padded = pictures.pad_to_multiple(enlarged)
+        samples = encode(clearsr.lr_encoder, padded, tile_size)
+        plain_anchor = clearsr.config.anchor == "plain"
+        entry: LREntry = {
+            "image_prompt": image_prompt(clearsr, enlarged),
+            "anchor": encode(clearsr.vae, padded, tile_size) if plain_anchor else None,
+            "content_size": content,
+            "padded_size": (padded.shape[1], padded.shape[2]),
+        }
+        if not torch.isfinite(samples).all():
+            raise ValueError(
+                f"{NODE}: the encoder of '{clearsr.name}' made values that are not numbers. Half precision may be too "
+                "coarse for this VAE: start ComfyUI with --fp32-vae."
+            )
+        return io.NodeOutput({"samples": samples, KEY: entry}, enlarged)

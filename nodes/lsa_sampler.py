@@ -1,0 +1,224 @@
+"""A host SAMPLER that runs any k-diffusion sampler with Latent Space Adjustment between its steps (Eqs. 3 and 4).
+
+The host's sampler functions advance a state through a list of sigmas. Ours calls the same function on slices of that
+list and moves the state between the slices: the steps of an active phase run one by one, the others in one call. All
+of it happens inside one call of the host's guider, so loading, conditioning, hooks and previews are the host's own.
+
+Cutting changes nothing for samplers that use only the current state. Samplers that remember earlier steps (dpmpp_2m,
+dpmpp_3m_sde, lms, ipndm, deis, res_multistep, uni_pc, gradient_estimation, sa_solver, er_sde) start that memory anew
+at each cut, as at the first step of a run: inside an active phase they work at first order. heunpp2, which looks two
+steps ahead, does so too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import comfy.k_diffusion.sampling
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..clearsr_core.lsa import LSAConfig, adjust, per_step_strength, phase_lengths
+from ..clearsr_core.schedule import ve_to_vp, vp_to_ve
+from .compat import HostObject
+
+if TYPE_CHECKING:
+    from .late_state import LateState
+
+Target = Literal["step", "x0"]
+SamplerFunction = Callable[..., Tensor]
+
+# Host samplers whose noise is a Brownian path over the whole schedule; "_gpu" twins draw it on the device.
+_BROWNIAN = frozenset({"dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"})
+# Use only the current state, and no more of the schedule than the two ends of the step: cutting them is exact.
+MEMORYLESS = frozenset(
+    [
+        "ddpm",
+        "ddim",
+        "euler",
+        "euler_ancestral",
+        "euler_cfg_pp",
+        "heun",
+        "dpm_2",
+        "dpm_2_ancestral",
+        "dpmpp_2s_ancestral",
+        "dpmpp_sde",
+        "lcm",
+    ]
+)
+# Choose their own steps between the ends of the schedule, so there is no state to move "between the steps".
+WITHOUT_STEPS = frozenset({"dpm_fast", "dpm_adaptive"})
+
+
+@dataclass(frozen=True)
+class LSARun:
+    """What one run of the sampler needs beyond the host's own arguments."""
+
+    lsa: LSAConfig
+    target: Target = "step"  # "x0": the adjustment happens in a post-CFG patch, here only the start is ours
+    lr_latent: Tensor | None = None  # (1 or B, 4, h, w) in model units; None = the latent that the host samples from
+    ela_map: Tensor | None = None  # (1 or B, 1, h, w) in [0, 1]
+    lla_map: Tensor | None = None
+    start_from_lr: bool = True
+    late_state: LateState | None = None  # remembers where the late phase begins
+
+
+class LSASampler(comfy.samplers.KSAMPLER):
+    """The host's KSAMPLER around `run`; differs where the start is plain noise.
+
+    `pure_noise`: True = start from N(0, 1) in the variance-preserving scale whatever the first sigma is, as the host
+    does itself when the schedule begins at the model's highest sigma; False = noise the latent to the first sigma.
+    """
+
+    def __init__(self, name: str, run: LSARun, pure_noise: bool = True) -> None:
+        inner = comfy.samplers.sampler_object(name)
+        super().__init__(
+            _sampler_function(name, inner.sampler_function, run), inner.extra_options, inner.inpaint_options
+        )
+        self.pure_noise = pure_noise
+
+    def max_denoise(self, model_wrap: HostObject, sigmas: Tensor) -> bool:
+        return self.pure_noise
+
+
+def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> SamplerFunction:
+    """Wrap a k-diffusion sampler; same signature, same scale (variance-exploding)."""
+
+    def sample(
+        model: HostObject,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict | None = None,
+        callback: Callable[[dict], None] | None = None,
+        disable: bool | None = None,
+        **options: HostObject,
+    ) -> Tensor:
+        steps = len(sigmas) - 1
+        if steps < 1:
+            return x
+        extra_args = extra_args or {}
+        sampling = model.inner_model.inner_model.model_sampling
+        lr_latent = model.latent_image if run.lr_latent is None else run.lr_latent.to(x)
+        if run.start_from_lr and preserves_variance(sampling):
+            x = lr_start(lr_latent, model.noise, float(sampling.sigma_max), sigmas[0])
+
+        generator = _cpu_generator(extra_args.get("seed"))
+        noise = _noise_sampler(name, inner, x, sigmas, extra_args.get("seed"), generator)
+        if noise is not None:
+            options["noise_sampler"] = noise
+
+        plan = slices(name, steps, run.lsa, run.target, run.late_state is not None)
+        late_start = steps - phase_lengths(steps, run.lsa)[1]
+        late_state = run.late_state if any(0 < start == late_start for start, _ in plan) else None
+        remembered = late_state.recall(x) if late_state is not None else None
+        if remembered is not None:
+            x = remembered.x.to(x)
+            plan = [(start, stop) for start, stop in plan if start >= late_start]
+            generator.set_state(remembered.noise)
+
+        with tqdm(total=steps, initial=plan[0][0], disable=bool(disable)) as bar:
+            for start, stop in plan:
+                # dpmpp_2m and others treat the list's first sigma as a start; uni_pc writes into its last one: clone.
+                x = inner(
+                    model,
+                    x,
+                    sigmas[start : stop + 1].clone(),
+                    extra_args=extra_args,
+                    callback=_shifted(callback, start, bar),
+                    disable=True,
+                    **options,
+                )
+                if run.target == "step":
+                    x = _adjust_state(x, lr_latent, stop - 1, steps, sigmas[stop], run)
+                if stop == late_start and late_state is not None:
+                    late_state.remember(x, generator.get_state())
+        return x
+
+    return sample
+
+
+def slices(name: str, steps: int, lsa: LSAConfig, target: Target, cut_late: bool) -> list[tuple[int, int]]:
+    """Cut steps 0..steps into (start, stop) pairs: each active step alone, everything between in one piece.
+
+    Without any strength there is one piece: the plain sampler, bit for bit. The start of the late phase is a cut of
+    its own (so that its state can be kept) where that is exact, or where the phases cut the schedule anyway.
+    """
+    early, late = phase_lengths(steps, lsa)
+    ela_strength, lla_strength = per_step_strength(lsa, steps) if target == "step" else (0.0, 0.0)
+    cuts = {0, steps}
+    if ela_strength:
+        cuts.update(range(early + 1))
+    if lla_strength:
+        cuts.update(range(steps - late, steps))
+    if cut_late and (name in MEMORYLESS or (target == "step" and (ela_strength or lla_strength))):
+        cuts.add(steps - late)
+    ordered = sorted(cuts)
+    return list(pairwise(ordered))
+
+
+def preserves_variance(sampling: HostObject) -> bool:
+    """Tell whether the sampler state is x_0 + sigma noise, whose variance-preserving form Eqs. 3 and 4 move."""
+    return isinstance(sampling, comfy.model_sampling.EPS)
+
+
+def lr_start(lr_latent: Tensor, noise: Tensor, sigma_max: float, first_sigma: Tensor) -> Tensor:
+    """Return the LR start in the sampler's scale: x_lr noised to the last training timestep (METHOD 3.6).
+
+    In the variance-preserving scale that is `schedule.lr_start`; the first model call then takes it for a state at
+    `first_sigma`, whatever timestep that is, as SeeSR does.
+    """
+    return vp_to_ve(ve_to_vp(lr_latent.to(noise) + sigma_max * noise, sigma_max), first_sigma)
+
+
+def _adjust_state(x: Tensor, lr_latent: Tensor, step: int, steps: int, sigma: Tensor, run: LSARun) -> Tensor:
+    """Apply Eq. 3 or 4 to the state after `step`, in the variance-preserving scale that the equations are about."""
+    state = ve_to_vp(x, sigma)
+    moved = adjust(state, lr_latent, step, steps, run.lsa, run.ela_map, run.lla_map)
+    return x if moved is state else vp_to_ve(moved, sigma)
+
+
+def _cpu_generator(seed: int | None) -> torch.Generator:
+    # seed + 1: ComfyUI 0.3.75 gives the first step the very noise that the run starts from; later versions add 1 too.
+    return torch.Generator().manual_seed(((seed or 0) + 1) % 2**64)
+
+
+def _noise_sampler(
+    name: str, inner: SamplerFunction, x: Tensor, sigmas: Tensor, seed: int | None, generator: torch.Generator
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return one source of noise for all slices, or None for samplers that take none.
+
+    Each slice left to itself would draw the same noise again. Noise comes from the CPU: one seed, one picture, on any
+    device.
+    """
+    if name.removesuffix("_gpu") in _BROWNIAN:
+        low, high = sigmas[sigmas > 0].min(), sigmas.max()
+        if low == high:
+            return None  # a single step to zero draws no noise
+        on_cpu = not name.endswith("_gpu")
+        return comfy.k_diffusion.sampling.BrownianTreeNoiseSampler(x, low, high, seed=seed, cpu=on_cpu)
+    if "noise_sampler" not in inspect.signature(inner).parameters:
+        return None
+    return lambda _sigma, _next: torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+
+
+def _shifted(
+    callback: Callable[[dict], None] | None,
+    start: int,
+    bar: HostObject,
+) -> Callable[[dict], None]:
+    """Let a slice report its steps as steps of the whole run."""
+
+    def report(values: dict) -> None:
+        step = values["i"] + start
+        bar.update(step + 1 - bar.n)
+        if callback is not None:
+            callback({**values, "i": step})
+
+    return report

@@ -1,0 +1,58 @@
+"""What travels between the nodes: the CLEARSR socket, and our entry in a LATENT."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, TypedDict
+
+from comfy_api.latest import io
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+    from ..clearsr_core.config import ClearSRConfig
+
+KEY = "clearsr"  # of everything that we hang on host objects: wrappers, attachments, additional models, LATENT entry
+
+ClearSRSocket = io.Custom("CLEARSR")
+
+
+class LREntry(TypedDict):
+    """LATENT["clearsr"], beside the ordinary `samples` that stock nodes decode. It survives sampling."""
+
+    image_prompt: Tensor | None  # (B, 1, context width): p of the file's own image encoder
+    anchor: Tensor | None  # (B, 4, h, w), VAE units: x_lr of start and LSA where it is not `samples`
+    content_size: tuple[int, int]  # (height, width) in pixels of the upscaled picture
+    padded_size: tuple[int, int]  # (height, width) in pixels that was encoded: 8 times the latent's size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClearSRBundle:
+    """All that a loaded file brings, except the MODEL and the plain VAE's own sockets.
+
+    Frozen: nodes share one bundle. The host's caches and memory accounting find the models through `patcher`,
+    `get_models()` and `get_ram_usage()`.
+    """
+
+    name: str  # of the file, for messages
+    config: ClearSRConfig
+    control: ModelPatcher  # DPM + SPM
+    vae: VAE  # E and D: plain, for decoding
+    lr_encoder: VAE  # E' = E + LoRA; shares the weights of `vae`
+    null_text: Tensor  # (tokens, context width): the empty prompt
+    image_encoder: ModelPatcher | None  # of self-contained files
+
+    @property
+    def patcher(self) -> ModelPatcher:
+        return self.control
+
+    def get_models(self) -> list[ModelPatcher]:
+        """Return every model behind this socket that holds weights of its own, and the encoder's clone."""
+        models = [self.control, self.vae.patcher, self.lr_encoder.patcher]
+        return models if self.image_encoder is None else [*models, self.image_encoder]
+
+    def get_ram_usage(self) -> int:
+        """Return bytes held by weights; `lr_encoder` shares those of `vae` and is not counted again."""
+        return sum(model.model_size() for model in self.get_models() if model is not self.lr_encoder.patcher)

@@ -1,0 +1,153 @@
+"""LR Latent Encode and ClearSR Color Fix: every IMAGE, and exactly scale x input at the end."""
+
+from __future__ import annotations
+
+import clearsr_rig as rig
+import numpy as np
+import pytest
+import torch
+
+pictures = rig.module("nodes.pictures")
+
+
+def encode(loaded, image, **settings):
+    return rig.run("ClearSRLREncode", clearsr=loaded["clearsr"], image=image, **settings)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"),
+    [(1, 1, 4.0), (7, 5, 4.0), (16, 16, 4.0), (64, 4096, 0.25), (33, 17, 2.5), (3, 70, 3.0)],
+)
+def test_any_size_ends_at_exactly_scale_times_input(tiny, height, width, scale) -> None:
+    """Encode, decode, Color Fix: no setting is needed for the exact size."""
+    latent, enlarged = encode(tiny, rig.images(1, height, width), scale=scale)
+    size = (round(height * scale), round(width * scale))
+    assert tuple(enlarged.shape) == (1, *size, 3)
+    rows, columns = latent["samples"].shape[-2:]
+    assert rows % 8 == 0 and columns % 8 == 0
+    assert (rows * 8, columns * 8) == latent["clearsr"]["padded_size"]
+    assert latent["clearsr"]["content_size"] == size
+    decoded = rig.run("VAEDecode", samples=latent, vae=tiny["vae"])
+    for method in ("wavelet", "adain", "lab"):
+        fixed = rig.run("ClearSRColorFix", image=decoded, reference=enlarged, method=method)
+        assert tuple(fixed.shape) == (1, *size, 3) and fixed.isfinite().all()
+        assert float(fixed.min()) >= 0.0 and float(fixed.max()) <= 1.0
+
+
+def test_latent_is_an_ordinary_one_of_the_adapted_encoder(tiny) -> None:
+    """samples = the LoRA encoder's mode of the padded picture; the plain VAE is not touched by it."""
+    image = rig.images(1, 16, 16)
+    before = tiny["vae"].encode(pictures.pad_to_multiple(pictures.resize(image, (64, 64), "bicubic")))
+    latent, enlarged = encode(tiny, image, scale=4.0)
+    after = tiny["vae"].encode(enlarged)
+    assert torch.equal(before, after)
+    assert latent["samples"].shape == before.shape and not torch.allclose(latent["samples"], before, rtol=1e-2)
+
+
+def test_padding_reflects_as_numpy_does() -> None:
+    for height, width in ((5, 7), (2, 63), (64, 65), (1, 3)):
+        image = rig.images(2, height, width)
+        padded = pictures.pad_to_multiple(image)
+        down, right = padded.shape[1] - height, padded.shape[2] - width
+        # numpy repeats reflections; a single row or column can only be repeated.
+        expected = image.numpy()
+        for axis, (length, extra) in ((1, (height, down)), (2, (width, right))):
+            mode = "edge" if length == 1 else "reflect"
+            expected = np.pad(expected, [(0, extra if i == axis else 0) for i in range(4)], mode=mode)
+        np.testing.assert_array_equal(padded.numpy(), expected)
+
+
+def test_grey_rgba_and_range(tiny, caplog) -> None:
+    """Grey becomes RGB, alpha is left out and values outside 0..1 are cut, both with a notice."""
+    image = rig.images()
+    reference, _ = encode(tiny, image)
+    rgba, _ = encode(tiny, torch.cat([image, torch.rand(1, 16, 16, 1)], dim=-1))
+    assert torch.equal(rgba["samples"], reference["samples"]) and "alpha" in caplog.text
+    caplog.clear()
+    grey, enlarged = encode(tiny, image[..., :1])
+    assert torch.equal(enlarged[..., 0], enlarged[..., 2]) and not caplog.text
+    wild, enlarged = encode(tiny, image * 3.0 - 1.0)
+    assert float(enlarged.min()) >= 0.0 and float(enlarged.max()) <= 1.0 and "0..1" in caplog.text
+    assert grey["samples"].isfinite().all() and wild["samples"].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_pixels_are_refused(tiny, value) -> None:
+    image = rig.images()
+    image[0, 3, 4, 1] = value
+    with pytest.raises(ValueError, match=r"LR Latent Encode: image contains 1 values that are not numbers"):
+        encode(tiny, image)
+    with pytest.raises(ValueError, match="not numbers"):
+        rig.run("ClearSRColorFix", image=image, reference=rig.images())
+
+
+def test_other_shapes_are_refused(tiny) -> None:
+    for image in (torch.rand(1, 16, 16, 5), torch.rand(16, 16, 3), torch.rand(0, 16, 16, 3)):
+        with pytest.raises(ValueError, match=r"LR Latent Encode: image has"):
+            encode(tiny, image)
+    with pytest.raises(ValueError, match="tile_size is 64"):
+        encode(tiny, rig.images(), tile_size=64)
+
+
+def test_target_size(tiny) -> None:
+    for settings, size in (
+        ({"width": 50}, (100, 50)),
+        ({"height": 30}, (30, 15)),
+        ({"width": 20, "height": 90}, (90, 20)),
+        ({"scale": 0.25}, (4, 2)),
+    ):
+        _, enlarged = encode(tiny, rig.images(1, 16, 8), **settings)
+        assert tuple(enlarged.shape[1:3]) == size
+
+
+def test_tiled_encoding_is_close_and_small_pictures_are_not_tiled(tiny) -> None:
+    whole, _ = encode(tiny, rig.images(1, 64, 48))
+    tiled, _ = encode(tiny, rig.images(1, 64, 48), tile_size=192)
+    small, _ = encode(tiny, rig.images(1, 64, 48), tile_size=256)
+    assert torch.equal(small["samples"], whole["samples"])
+    assert tiled["samples"].shape == whole["samples"].shape and not torch.equal(tiled["samples"], whole["samples"])
+
+
+def test_batch_of_different_pictures(tiny) -> None:
+    latent, enlarged = encode(tiny, torch.cat([rig.images(seed=1), rig.images(seed=2) * 0.1]))
+    assert latent["samples"].shape[0] == 2 and latent["clearsr"]["image_prompt"].shape == (2, 1, 16)
+    assert enlarged.shape[0] == 2
+
+
+def test_plain_anchor(tiny) -> None:
+    """anchor "plain": start and adjustment use E, the control uses E'."""
+    name = rig.write("plain_anchor.safetensors", rig.tiny_checkpoint(rig.tiny_config(anchor="plain")))
+    _, vae, clearsr = rig.run("ClearSRLoader", checkpoint=name)
+    latent, enlarged = encode({"clearsr": clearsr}, rig.images())
+    torch.testing.assert_close(latent["clearsr"]["anchor"], vae.encode(pictures.pad_to_multiple(enlarged)))
+    assert not torch.allclose(latent["clearsr"]["anchor"], latent["samples"])
+    chosen = rig.module("nodes.lsa_patch").check_channels
+    assert torch.equal(chosen("Node", tiny["model"], latent), latent["clearsr"]["anchor"])
+    repeated = {**latent, "samples": latent["samples"].repeat(3, 1, 1, 1)}
+    assert chosen("Node", tiny["model"], repeated).shape[0] == 3
+    with pytest.raises(ValueError, match="was changed from"):
+        chosen("Node", tiny["model"], {**latent, "samples": latent["samples"][..., :4]})
+
+
+def test_color_methods_do_what_they_say() -> None:
+    image, reference = rig.images(1, 40, 50, seed=1), rig.images(1, 40, 50, seed=2)
+    fixed = pictures.adain(image, reference)
+    torch.testing.assert_close(fixed.mean(dim=(1, 2)), reference.mean(dim=(1, 2)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fixed.std(dim=(1, 2)), reference.std(dim=(1, 2)), rtol=1e-2, atol=1e-3)
+    for method in (pictures.adain, pictures.wavelet, pictures.lab):
+        torch.testing.assert_close(method(reference, reference), reference, rtol=1e-3, atol=1e-3)
+    # A uniform shift of colour is undone by both wavelets, the fine detail survives.
+    torch.testing.assert_close(pictures.wavelet(reference + 0.1, reference), reference, rtol=1e-4, atol=1e-4)
+    lightness = pictures._rgb_to_lab(image)[..., 0]
+    kept = pictures._rgb_to_lab(pictures.lab(image, image.flip(-1)).clamp(0, 1))[..., 0]
+    assert float((lightness - kept).abs().mean()) < 3.0
+
+
+def test_color_fix_sizes_and_strength() -> None:
+    image = rig.images(2, 128, 128)
+    cut = rig.run("ClearSRColorFix", image=image, reference=rig.images(1, 100, 70), strength=0.0)
+    assert torch.equal(cut, image[:, :100, :70])
+    other = rig.run("ClearSRColorFix", image=image, reference=rig.images(1, 32, 32))
+    assert other.shape == image.shape
+    with pytest.raises(ValueError, match="2 results and 3 reference"):
+        rig.run("ClearSRColorFix", image=image, reference=rig.images(3, 32, 32))

@@ -1,0 +1,464 @@
+"""LSA KSampler, LSA Patch, ClearSR Sampler and Scheduler: against plain loops, against the host's own samplers."""
+
+from __future__ import annotations
+
+import clearsr_rig as rig
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.model_sampling
+import comfy.samplers
+import pytest
+import torch
+
+lsa_module = rig.module("clearsr_core.lsa")
+schedule = rig.module("clearsr_core.schedule")
+lsa_sampler = rig.module("nodes.lsa_sampler")
+late_state = rig.module("nodes.late_state")
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    """Each test starts without a remembered state."""
+    late_state._last.clear()
+
+
+@pytest.fixture
+def text(tiny):
+    return rig.run("ClearSREmptyPrompt", clearsr=tiny["clearsr"])
+
+
+def sample(model, lr, **settings):
+    values = {"seed": 3, "steps": 4, "alpha": 0.0, "beta": 0.0, **settings}
+    return rig.run("ClearSRLSAKSampler", model=model, lr_latent=lr["latent"], **values)["samples"]
+
+
+def reference_loop(loaded, lr, steps, lsa, spacing="leading", seed=3, from_lr=True):
+    """Spaced DDPM with LSA in the variance-preserving scale, written with clearsr_core alone (METHOD 3.6, 3.7)."""
+    comfy.model_management.load_models_gpu([loaded["model"]])
+    base = loaded["model"].model
+    context = loaded["clearsr"].null_text[None]
+    x_lr = lr["latent"]["samples"] * 0.18215
+    noise = torch.randn(x_lr.shape, generator=torch.Generator().manual_seed(seed))
+    step_noise = torch.Generator().manual_seed(seed + 1)
+    x_t = schedule.lr_start(x_lr, noise) if from_lr else noise
+    timesteps = schedule.spaced_timesteps(steps, spacing).tolist()
+    for step, (now, after) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
+        eps = base.diffusion_model(x_t, torch.tensor([float(now)]), context=context)
+        drawn = torch.randn(x_lr.shape, generator=step_noise) if after >= 0 else None
+        x_t = schedule.ddpm_step(x_t, eps, now, after, drawn)
+        x_t = lsa_module.adjust(x_t, x_lr, step, steps, lsa)
+    return x_t / 0.18215
+
+
+def close(actual, expected, tolerance=1e-3):
+    """Relative to the size of the whole latent."""
+    assert float((actual - expected).norm() / expected.norm()) < tolerance
+
+
+# ---- equations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "alpha", "beta"),
+    [
+        (10, "leading", 0.05, 0.05),
+        (7, "linspace", 0.3, 0.0),
+        (7, "trailing", 0.0, 0.4),
+        (1, "leading", 0.2, 0.2),
+        (3, "leading", 1.0, 1.0),
+        (3, "leading", 1.5, 2.0),
+        (4, "leading", 0.0, 0.0),
+    ],
+)
+def test_step_target_equals_a_plain_loop(tiny, lr, steps, spacing, alpha, beta) -> None:
+    """VE state of the host, VP state of the paper: the same trajectory."""
+    lsa = lsa_module.LSAConfig(ela_strength=alpha, lla_strength=beta)
+    expected = reference_loop(tiny, lr, steps, lsa, spacing)
+    close(sample(tiny["model"], lr, steps=steps, scheduler=f"ddpm_{spacing}", alpha=alpha, beta=beta), expected)
+
+
+def test_over_the_phase_and_start_from_noise_equal_a_plain_loop(tiny, lr) -> None:
+    lsa = lsa_module.LSAConfig(ela_strength=0.02, lla_strength=0.02, accumulate="over_phase")
+    expected = reference_loop(tiny, lr, 6, lsa, from_lr=False)
+    actual = sample(
+        tiny["model"], lr, steps=6, alpha=0.02, beta=0.02, strength_rule="over the phase", start_from_lr=False
+    )
+    close(actual, expected)
+
+
+def test_lr_start_is_the_cores() -> None:
+    x_lr, noise = torch.randn(2, 1, 4, 8, 8).unbind()
+    sigmas = schedule.sigmas()
+    first = sigmas[981].float()
+    ours = schedule.ve_to_vp(lsa_sampler.lr_start(x_lr, noise, float(sigmas[-1]), first), first)
+    torch.testing.assert_close(ours, schedule.lr_start(x_lr, noise))
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.0), (0.0, 0.1), (0.1, 0.1)])
+def test_both_sliders_move_the_result(controlled, lr, alpha, beta) -> None:
+    assert not torch.allclose(sample(controlled, lr), sample(controlled, lr, alpha=alpha, beta=beta), atol=1e-3)
+
+
+def test_alpha_pulls_towards_and_beta_pushes_away(controlled, lr) -> None:
+    def distance(**settings):
+        return float((sample(controlled, lr, ela_end=0.5, lla_start=0.5, **settings) - lr["latent"]["samples"]).norm())
+
+    assert distance(alpha=1.0) < distance(alpha=0.5) < distance()
+    assert distance(beta=0.4) > distance(beta=0.2) > distance()
+
+
+# ---- identities -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampler_name", ["euler", "dpmpp_2m", "heun", "dpmpp_2m_sde", "uni_pc", "ddim", "dpm_2", "lms"]
+)
+def test_off_equals_the_stock_ksampler(controlled, lr, text, sampler_name) -> None:
+    """alpha = beta = 0 from noise alone is KSampler on an empty latent, bit for bit."""
+    stock = rig.run(
+        "KSampler",
+        model=controlled,
+        seed=3,
+        steps=4,
+        cfg=1.0,
+        sampler_name=sampler_name,
+        scheduler="normal",
+        positive=text,
+        negative=text,
+        latent_image={"samples": torch.zeros_like(lr["latent"]["samples"])},
+        denoise=1.0,
+    )["samples"]
+    ours = sample(controlled, lr, sampler_name=sampler_name, scheduler="normal", start_from_lr=False)
+    assert torch.equal(ours, stock)
+
+
+def test_off_equals_the_hosts_ddpm(controlled, lr, text) -> None:
+    """The stock ddpm function, given our start and our noise, makes the same picture bit for bit."""
+    sigmas = rig.run("ClearSRScheduler", model=controlled, steps=5, spacing="ddpm_leading")
+    generator = torch.Generator().manual_seed(4)
+
+    def host_ddpm(model, x, sigmas, **options):
+        x_lr = model.inner_model.inner_model.process_latent_in(lr["latent"]["samples"])
+        top = float(model.inner_model.inner_model.model_sampling.sigma_max)
+        start = lsa_sampler.lr_start(x_lr, model.noise, top, sigmas[0])
+        options["noise_sampler"] = lambda _now, _next: torch.randn(x.shape, generator=generator)
+        return comfy.k_diffusion.sampling.sample_ddpm(model, start, sigmas, **options)
+
+    expected = rig.run(
+        "SamplerCustom",
+        model=controlled,
+        add_noise=True,
+        noise_seed=3,
+        cfg=1.0,
+        positive=text,
+        negative=text,
+        sampler=comfy.samplers.KSAMPLER(host_ddpm),
+        sigmas=sigmas,
+        latent_image=lr["latent"],
+    )[0]["samples"]
+    assert torch.equal(sample(controlled, lr, steps=5), expected)
+
+
+def test_clearsr_sampler_and_scheduler_equal_the_ksampler(controlled, lr, text) -> None:
+    """SamplerCustom with our SIGMAS and SAMPLER is LSA KSampler without the adjustment."""
+    custom = rig.run(
+        "SamplerCustom",
+        model=controlled,
+        add_noise=True,
+        noise_seed=3,
+        cfg=1.0,
+        positive=text,
+        negative=text,
+        sampler=rig.run("ClearSRSampler", start_from_lr=True),
+        sigmas=rig.run("ClearSRScheduler", model=controlled, steps=4, spacing="ddpm_leading"),
+        latent_image=lr["latent"],
+    )[0]["samples"]
+    assert torch.equal(custom, sample(controlled, lr))
+
+
+def test_cutting_is_exact_for_memoryless_samplers(tiny, lr, monkeypatch) -> None:
+    """Step by step or in one call: the same bits, for every sampler that is said to be so."""
+    monkeypatch.setattr(lsa_sampler, "_adjust_state", lambda x, *_: x)
+    for name in sorted(lsa_sampler.MEMORYLESS):
+        settings = {"sampler_name": name, "scheduler": "normal", "ela_end": 0.5, "lla_start": 0.75}
+        late_state._last.clear()
+        whole = sample(tiny["model"], lr, steps=3, **settings)
+        late_state._last.clear()
+        assert torch.equal(sample(tiny["model"], lr, steps=3, alpha=0.1, beta=0.1, **settings), whole), name
+
+
+def test_every_sampler_of_the_host_runs(tiny, lr) -> None:
+    """All samplers run step by step and give numbers; those without steps say what to do."""
+    for name in comfy.samplers.KSampler.SAMPLERS:
+        if name in lsa_sampler.WITHOUT_STEPS:
+            with pytest.raises(ValueError, match=f"sampler {name} chooses its own steps"):
+                sample(tiny["model"], lr, sampler_name=name, alpha=0.1)
+            continue
+        result = sample(tiny["model"], lr, steps=2, sampler_name=name, scheduler="karras", alpha=0.1, beta=0.1)
+        assert result.isfinite().all(), name
+
+
+def test_same_seed_same_picture(controlled, lr) -> None:
+    first = sample(controlled, lr, alpha=0.05, beta=0.05)
+    late_state._last.clear()
+    assert torch.equal(sample(controlled, lr, alpha=0.05, beta=0.05), first)
+    assert not torch.allclose(sample(controlled, lr, alpha=0.05, beta=0.05, seed=4), first, atol=1e-2)
+
+
+def test_global_random_state_does_not_matter(controlled, lr) -> None:
+    first = sample(controlled, lr)
+    torch.rand(7)
+    assert torch.equal(sample(controlled, lr), first)
+
+
+def test_noise_of_the_first_step_is_not_the_start_noise(lr) -> None:
+    generator = lsa_sampler._cpu_generator(3)
+    shape = lr["latent"]["samples"].shape
+    drawn = torch.randn(shape, generator=generator)
+    assert not torch.equal(drawn, torch.randn(shape, generator=torch.Generator().manual_seed(3)))
+
+
+# ---- x0 target and LSA Patch ----------------------------------------------------------------------------------------
+
+
+def test_x0_target_equals_the_patch(controlled, lr, text) -> None:
+    patched = rig.run("ClearSRLSAPatch", model=controlled, lr_latent=lr["latent"], alpha=0.2, beta=0.3)
+    ours = sample(controlled, lr, target="x0 (denoised)", alpha=0.2, beta=0.3)
+    assert torch.equal(sample(patched, lr), ours)
+    assert not torch.equal(ours, sample(controlled, lr, alpha=0.2, beta=0.3))
+
+
+def test_patch_with_alpha_one_returns_the_reference(tiny, lr, text) -> None:
+    """x0 = x_lr at every step, under any sampler, also between the sigmas of the schedule."""
+    for sampler_name in ("heun", "dpmpp_2m", "ddpm"):
+        patched = rig.run(
+            "ClearSRLSAPatch",
+            model=tiny["model"],
+            lr_latent=lr["latent"],
+            alpha=1.0,
+            beta=0.0,
+            ela_end=1.0,
+            lla_start=1.0,
+        )
+        result = rig.run(
+            "KSampler",
+            model=patched,
+            seed=1,
+            steps=3,
+            cfg=2.0,
+            sampler_name=sampler_name,
+            scheduler="karras",
+            positive=text,
+            negative=text,
+            latent_image={"samples": torch.zeros_like(lr["latent"]["samples"])},
+            denoise=1.0,
+        )["samples"]
+        close(result, lr["latent"]["samples"], 1e-4)
+
+
+def test_patching_again_replaces_and_leaves_the_input_alone(tiny, lr) -> None:
+    settings = {"lr_latent": lr["latent"], "beta": 0.0}
+    once = rig.run("ClearSRLSAPatch", model=tiny["model"], alpha=0.5, **settings)
+    twice = rig.run("ClearSRLSAPatch", model=once, alpha=0.1, **settings)
+    fresh = rig.run("ClearSRLSAPatch", model=tiny["model"], alpha=0.1, **settings)
+    assert torch.equal(sample(twice, lr, steps=2), sample(fresh, lr, steps=2))
+    assert len(twice.model_options["sampler_post_cfg_function"]) == 1
+    assert "sampler_post_cfg_function" not in tiny["model"].model_options
+
+
+def test_patch_keeps_the_hooks_of_others(tiny, lr) -> None:
+    model = tiny["model"].clone()
+    model.set_model_sampler_post_cfg_function(lambda values: values["denoised"])
+    patched = rig.run("ClearSRLSAPatch", model=model, lr_latent=lr["latent"])
+    assert len(patched.model_options["sampler_post_cfg_function"]) == 2
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def test_masks(controlled, lr) -> None:
+    """Black is off, white is on; a half mask moves its half of the latent at the adjusted step."""
+    settings = {"steps": 1, "alpha": 0.5, "ela_end": 1.0, "lla_start": 1.0}
+    off, on = sample(controlled, lr, steps=1), sample(controlled, lr, **settings)
+    assert torch.equal(sample(controlled, lr, alpha_mask=torch.zeros(1, 64, 64), **settings), off)
+    torch.testing.assert_close(sample(controlled, lr, alpha_mask=torch.ones(32, 20), **settings), on)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1.0
+    half = sample(controlled, lr, alpha_mask=mask, **settings)
+    torch.testing.assert_close(half[..., :3], off[..., :3])
+    torch.testing.assert_close(half[..., 5:], on[..., 5:])
+
+
+def test_mask_lies_on_the_picture_not_on_its_padding() -> None:
+    strength_map = rig.module("nodes.sampling").strength_map
+    latent = {
+        "samples": torch.zeros(1, 4, 8, 16),
+        "clearsr": {"content_size": (64, 64), "padded_size": (64, 128)},
+    }
+    mask = torch.zeros(1, 10, 10)
+    mask[:, :, 5:] = 1.0
+    grid = strength_map(mask, latent, "alpha_mask")
+    assert grid.shape == (1, 1, 8, 16)
+    assert float(grid[..., :3].max()) < 0.1 and float(grid[..., 5:].min()) > 0.9
+    with pytest.raises(ValueError, match="alpha_mask contains"):
+        strength_map(torch.full((1, 4, 4), float("nan")), latent, "alpha_mask")
+    with pytest.raises(ValueError, match="holds 3 masks"):
+        strength_map(torch.zeros(3, 4, 4), latent, "alpha_mask")
+
+
+# ---- progress, interruption, the late state -------------------------------------------------------------------------
+
+
+def test_one_progress_bar_over_all_slices(controlled, lr) -> None:
+    """Values 1..steps of one total, whatever the cuts."""
+    rig.progress.clear()
+    sample(controlled, lr, steps=5, alpha=0.1, beta=0.1, ela_end=0.4, lla_start=0.6)
+    values = [value for value, total, _ in rig.progress if total == 5]
+    assert len(values) == len(rig.progress) and values == sorted(values)
+    assert values[-1] == 5 and set(range(1, 6)) <= set(values)
+
+
+def test_preview_has_the_colours_of_the_file(tiny) -> None:
+    """A self-contained file brings its own preview factors; SD's tiny decoder is never used for its latents."""
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    before = args.preview_method
+    args.preview_method = LatentPreviewMethod.Auto
+    try:
+        previewer = latent_preview.get_previewer(torch.device("cpu"), tiny["model"].model.latent_format)
+        factors = previewer.latent_rgb_factors
+    finally:
+        args.preview_method = before
+    assert tiny["model"].model.latent_format.taesd_decoder_name is None
+    torch.testing.assert_close(factors.T, torch.tensor(tiny["clearsr"].config.latent_rgb))
+
+
+def test_interrupt_leaves_nothing_behind(controlled, lr, monkeypatch) -> None:
+    """Interrupted in the middle: the host's own exception comes out, the next run is as if nothing had been."""
+    settings = {"steps": 5, "alpha": 0.1, "beta": 0.1, "lla_start": 0.6}
+    expected = sample(controlled, lr, **settings)
+    late_state._last.clear()
+    prepare = rig.module("nodes.sampling").latent_preview.prepare_callback
+
+    def interrupting(model, steps, *rest):
+        inner = prepare(model, steps, *rest)
+
+        def callback(step, *values):
+            inner(step, *values)
+            if step == 2:
+                comfy.model_management.interrupt_current_processing()
+
+        return callback
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.module("nodes.sampling").latent_preview, "prepare_callback", interrupting)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(controlled, lr, **settings)
+    comfy.model_management.interrupt_current_processing(False)
+    assert torch.equal(sample(controlled, lr, **settings), expected)
+
+
+@pytest.mark.parametrize(
+    ("sampler_name", "target"),
+    [("ddpm", "step (paper)"), ("ddpm", "x0 (denoised)"), ("dpmpp_2m", "step (paper)"), ("dpmpp_sde", "step (paper)")],
+)
+def test_moving_only_beta_repeats_only_the_late_steps(controlled, lr, sampler_name, target) -> None:
+    """From the state at LLA's start, and exactly as a whole run would have it."""
+    settings = {
+        "steps": 5,
+        "alpha": 0.05,
+        "lla_start": 0.6,
+        "sampler_name": sampler_name,
+        "target": target,
+        "scheduler": "normal",
+    }
+    base = controlled.model
+    sample(controlled, lr, beta=0.0, **settings)
+    with rig.count_calls(base, "apply_model") as calls:
+        quick = sample(controlled, lr, beta=0.2, **settings)
+    per_step = 2 if sampler_name == "dpmpp_sde" else 1
+    assert len(calls) <= 2 * per_step
+    with rig.count_calls(base, "apply_model") as calls:
+        assert torch.equal(sample(controlled, lr, beta=0.2, **settings), quick)
+    assert len(calls) <= 2 * per_step
+    late_state._last.clear()
+    with rig.count_calls(base, "apply_model") as calls:
+        assert torch.equal(sample(controlled, lr, beta=0.2, **settings), quick)
+    assert len(calls) > 2 * per_step
+
+
+def test_anything_else_repeats_everything(tiny, controlled, lr, text) -> None:
+    """Seed, alpha, steps, model, x_lr, conditioning or cfg: the kept state is not used."""
+    settings = {"alpha": 0.05, "beta": 0.1, "steps": 4, "lla_start": 0.5}
+    other_lr = {"latent": {**lr["latent"], "samples": lr["latent"]["samples"] * 1.01}}
+    other_text = [[text[0][0] + 0.1, {}]]
+    uncomparable = [[text[0][0], {"control_hooks": object()}]]
+    for change in (
+        {"seed": 5},
+        {"alpha": 0.06},
+        {"steps": 6},
+        {"lla_start": 0.6},
+        {"cfg": 2.0},
+        {"positive": other_text},
+        {"positive": uncomparable},
+        {"model": controlled.clone()},
+        {"lr": other_lr},
+        {"alpha_mask": torch.ones(1, 8, 8)},
+    ):
+        sample(controlled, lr, **settings)
+        model, picture = change.pop("model", controlled), change.pop("lr", lr)
+        with rig.count_calls(controlled.model, "apply_model") as calls:
+            sample(model, picture, **{**settings, **change})
+        assert len(calls) >= 4, change
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_impossible_settings_are_refused(tiny, lr) -> None:
+    for settings, words in (
+        ({"ela_end": 0.9, "lla_start": 0.5}, r"ela_end 0\.9 lies after lla_start 0\.5"),
+        ({"alpha": -0.1}, "alpha is -0.1"),
+        ({"beta": float("nan")}, "beta is nan"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sample(tiny["model"], lr, **settings)
+        with pytest.raises(ValueError, match=words):
+            rig.run("ClearSRLSAPatch", model=tiny["model"], lr_latent=lr["latent"], **settings)
+
+
+def test_missing_conditioning_says_what_to_connect(lr) -> None:
+    bare = rig.host_model(comfy.supported_models.SD15, {"model_channels": 320, "context_dim": 768})
+    with pytest.raises(ValueError, match=r"positive is not connected.*CLIP Text Encode"):
+        sample(bare, lr)
+
+
+def test_flow_models_are_refused_for_the_step_target(lr, text) -> None:
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    bare = rig.host_model(comfy.supported_models.SD15, {"model_channels": 320, "context_dim": 768})
+    bare.add_object_patch("model_sampling", Flow())
+    with pytest.raises(ValueError, match=r"flow model.*x0"):
+        sample(bare, lr, alpha=0.1, positive=text, negative=text)
+
+
+def test_latents_of_another_model_are_refused(tiny, lr, text) -> None:
+    wrong = {"latent": {"samples": torch.zeros(1, 16, 8, 8)}}
+    with pytest.raises(ValueError, match=r"16 channels, but the model's latents have 4"):
+        sample(tiny["model"], wrong)
+    patched = rig.run("ClearSRLSAPatch", model=tiny["model"], lr_latent={"samples": torch.zeros(1, 4, 8, 16)})
+    with pytest.raises(ValueError, match="does not fit the latent being sampled"):
+        sample(patched, lr)
+
+
+def test_scheduler(tiny) -> None:
+    """Sigmas of the model at the core's timesteps, for any number of steps."""
+    table = tiny["model"].model.model_sampling.sigmas
+    for steps in (1, 3, 30, 50, 999, 1000):
+        for spacing in ("leading", "linspace", "trailing"):
+            sigmas = rig.run("ClearSRScheduler", model=tiny["model"], steps=steps, spacing=f"ddpm_{spacing}")
+            expected = table[schedule.spaced_timesteps(steps, spacing)].float()
+            assert torch.equal(sigmas[:-1], expected) and float(sigmas[-1]) == 0.0
+            assert bool((sigmas.diff() < 0).all())

@@ -1,0 +1,181 @@
+"""The commands around the pack: what they read, say and speak, without a package index and without ComfyUI."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from tools import environment, hosts, server, test
+from tools.terminal import ToolError
+from tools.websocket import WebSocket
+
+ACCEPT = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+
+def frame(opcode: int, payload: bytes, last: bool = True) -> bytes:
+    """One unmasked frame as a server sends it."""
+    head = bytes([(0x80 if last else 0) | opcode])
+    if len(payload) < 126:
+        return head + bytes([len(payload)]) + payload
+    if len(payload) < 65536:
+        return head + b"\x7e" + struct.pack("!H", len(payload)) + payload
+    return head + b"\x7f" + struct.pack("!Q", len(payload)) + payload
+
+
+@pytest.fixture
+def speak():
+    """A websocket server that sends the given bytes to its only client and keeps what it hears."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    heard = []
+
+    def serve(data: bytes) -> int:
+        def run() -> None:
+            connection, _ = listener.accept()
+            request = b""
+            while b"\r\n\r\n" not in request:
+                request += connection.recv(4096)
+            key = re.search(rb"Sec-WebSocket-Key: (\S+)", request).group(1)
+            accept = base64.b64encode(hashlib.sha1(key + ACCEPT.encode()).digest())
+            connection.sendall(
+                b"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: " + accept + b"\r\n\r\n" + data
+            )
+            connection.settimeout(2)
+            heard.append(connection.recv(4096))
+            connection.close()
+
+        threading.Thread(target=run, daemon=True).start()
+        return listener.getsockname()[1]
+
+    yield serve, heard
+    listener.close()
+
+
+def test_websocket_reads_texts_previews_long_and_split_messages_and_answers_pings(speak):
+    serve, heard = speak
+    long, huge = b"x" * 300, b"y" * 70000
+    data = frame(1, b'{"type": "status"}') + frame(2, b"\x00\x01") + frame(9, b"ping") + frame(1, long)
+    data += frame(1, "ä".encode()[:1], last=False) + frame(0, "ä".encode()[1:]) + frame(2, huge) + frame(8, b"")
+    with WebSocket("127.0.0.1", serve(data), "/ws", timeout=5) as messages:
+        received = list(messages)
+    assert received == ['{"type": "status"}', b"\x00\x01", long.decode(), "ä", huge]
+    time.sleep(0.1)
+    pong = heard[0]
+    assert pong[0] == 0x8A
+    assert bytes(byte ^ pong[2 + i % 4] for i, byte in enumerate(pong[6:10])) == b"ping"
+
+
+def test_websocket_says_so_when_the_server_hangs_up(speak):
+    serve, _ = speak
+    with (
+        WebSocket("127.0.0.1", serve(frame(1, b"whole") + b"\x81\x05ha"), "/ws", timeout=5) as messages,
+        pytest.raises(ConnectionError, match="closed"),
+    ):
+        messages._send(0x9, b"")  # lets the server go on and close
+        list(messages)
+
+
+def test_a_refused_workflow_names_node_and_input():
+    body = {
+        "error": {"message": "Prompt outputs failed validation"},
+        "node_errors": {"3": {"errors": [{"message": "Value not in list", "details": "checkpoint: 'x' not in []"}]}},
+    }
+    text = server._refusal_text({"3": {"class_type": "ClearSRLoader", "inputs": {}}}, json.dumps(body).encode())
+    assert "ClearSRLoader (3): Value not in list: checkpoint: 'x' not in []" in text
+
+
+def test_a_failed_node_is_named_with_its_message():
+    data = {"node_id": "4", "node_type": "ClearSRLoader", "exception_message": "no base", "traceback": ["line\n"]}
+    assert server._failure_text("execution_error", data).startswith("ClearSRLoader (4): no base")
+
+
+def test_the_environment_is_stale_as_soon_as_a_pin_changes(tmp_path, monkeypatch):
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("numpy==1\n")
+    monkeypatch.setattr(environment, "CONSTRAINTS", constraints)
+    before = environment.fingerprint("demo")
+    assert environment.fingerprint("demo") == before
+    assert environment.fingerprint("test") != before
+    constraints.write_text("numpy==2\n")
+    assert environment.fingerprint("demo") != before
+
+
+def test_a_complete_environment_costs_no_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "VENV", tmp_path)
+    python = environment.venv_python(tmp_path)
+    python.parent.mkdir(parents=True)
+    python.touch()
+    monkeypatch.setattr(environment, "venv_python", lambda: python)
+    monkeypatch.setattr(environment, "STAMP", tmp_path / "stamp.json")
+    monkeypatch.setattr(environment, "_call", lambda *_, **__: pytest.fail("a command was run"))
+    (tmp_path / "stamp.json").write_text(json.dumps({"demo": environment.fingerprint("demo")}))
+    assert environment.ensure("demo") == python
+
+
+def test_every_requirement_has_a_pinned_version():
+    def name(line: str) -> str:
+        return re.split(r"[=<>~#\s]", line, maxsplit=1)[0].lower().replace("_", "-")
+
+    pinned = {name(line) for line in environment.CONSTRAINTS.read_text("utf-8").splitlines() if "==" in line}
+    for path in environment.PROFILES["test"]:
+        wanted = {name(line) for line in path.read_text("utf-8").splitlines() if line and not line.startswith("#")}
+        assert wanted <= pinned, path.name
+
+
+def test_requirements_pin_the_same_versions_as_the_constraints():
+    pins = {}
+    for path in (environment.CONSTRAINTS, *environment.PROFILES["test"]):
+        for name, version in re.findall(r"^([\w-]+)==([\w.]+)", path.read_text("utf-8"), re.MULTILINE):
+            assert pins.setdefault(name.lower(), version) == version, (path.name, name)
+
+
+def test_a_folder_without_comfyui_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(ToolError, match="holds no ComfyUI"):
+        hosts.chosen()
+
+
+def test_the_version_of_a_tree_is_read_and_half_a_tree_is_none(tmp_path):
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "0.3.75"\n')
+    assert hosts.tree_version(tmp_path) is None
+    (tmp_path / "main.py").touch()
+    assert hosts.tree_version(tmp_path) == "0.3.75"
+
+
+def test_linking_twice_is_harmless_and_unlinking_keeps_the_pack(tmp_path):
+    pack, base = tmp_path / "pack", tmp_path / "base"
+    (base / "custom_nodes").mkdir(parents=True)
+    pack.mkdir()
+    (pack / "kept.txt").touch()
+    link = base / "custom_nodes" / server.PACK_FOLDER
+    server.link_folder(pack, link)
+    server.link_folder(pack, link)
+    assert (link / "kept.txt").exists()
+    server.remove_links(base)
+    assert not link.exists()
+    assert (pack / "kept.txt").exists()
+
+
+def test_a_taken_port_is_refused_before_comfyui_starts(tmp_path):
+    host = hosts.Host("0.3.75", tmp_path, tmp_path / "python", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ToolError, match="is taken"):
+        server.Server(host, tmp_path / "base", port=taken.getsockname()[1]).start()
+
+
+@pytest.mark.parametrize(
+    ("line", "counts"),
+    [
+        ("== 3 passed, 1 skipped in 0.52s ==", {"passed": 3, "skipped": 1}),
+        ("1 failed, 2 passed, 2 errors in 1.00s", {"failed": 3, "passed": 2}),
+        ("no tests ran in 0.01s", {}),
+    ],
+)
+def test_the_closing_line_of_pytest_is_counted(line, counts):
+    assert test.count(line) == counts

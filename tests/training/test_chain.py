@@ -1,0 +1,230 @@
+"""From photographs to a checkpoint at tiny size: autoencoder, base, ClearSR, export, restore; each by its command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clearsr_core import checkpoint
+from training import models, restore, train
+from training.autoencoder import build_autoencoder, normalise_latents
+from training.clearsr_model import ClearSRModel
+from training.photographs import Photographs, read_rgb
+from training.pipeline import noise_sources, pad_to_grid, sample
+from training.pipeline import restore as restore_picture
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run all three stages for a few steps on two synthetic photographs."""
+    root = tmp_path_factory.mktemp("chain")
+    photographs = root / "photographs"
+    photographs.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(2):
+        coarse = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((96, 80), Image.Resampling.BICUBIC).save(photographs / f"{index}.png")
+    shared = [f"--data={photographs}", "--steps=2", "--threads=1", "--crop=64", "--batch=2", "--validate_every=0"]
+    assert train.main(["--preset=nano_autoencoder", *shared, "--widths=32,32,32,32", f"--out={root}/autoencoder"]) == 0
+    cache = f"--cache={root}/latents.safetensors"
+    base = ["--widths=32,32,64,64", "--context_dim=16", f"--vae={root}/autoencoder/vae", f"--out={root}/base"]
+    assert train.main(["--preset=nano_base", *shared, cache, "--crops=4", *base]) == 0
+    assert train.main(["--preset=nano", *shared, cache, "--crops=4", f"--base={root}/base", f"--out={root}/nano"]) == 0
+    return root
+
+
+VARIANTS = {
+    "prompt": ["--prompt_mode=patch", "--anchor=plain"],
+    "input": ["--control_input=lr+xt", "--prompt_mode=null"],
+    "time": ["--control_time=fixed", "--fixed_timestep=100", "--use_spm=false"],
+    "windows": ["--query_windows=", "--relative_bias=none", "--use_dpm=true"],
+    "constant": ["--query_windows=8,8,8,8"],
+    "plain": ["--window_attention=false"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_option_of_the_method_trains_and_runs(chain: Path, tmp_path: Path, variant: str) -> None:
+    """What METHOD leaves open is a setting: it trains, is written to the file, and runs from there."""
+    command = ["--preset=nano", f"--data={chain}/photographs", "--steps=1", "--threads=1", "--crop=64", "--batch=1"]
+    command += [f"--base={chain}/base", f"--cache={chain}/latents.safetensors", "--crops=4", "--validate_every=0"]
+    assert train.main([*command, *VARIANTS[variant], f"--out={tmp_path}"]) == 0
+    model = ClearSRModel.from_checkpoint(tmp_path / "clearsr.safetensors")
+    stored = checkpoint.read(tmp_path / "clearsr.safetensors").config
+    for setting in VARIANTS[variant]:
+        name, _, value = setting.removeprefix("--").partition("=")
+        found = getattr(stored.control if hasattr(stored.control, name) else stored, name)
+        written = ",".join(map(str, found)) if isinstance(found, tuple) else str(found).lower()
+        assert written == value
+    result = restore_picture(model, torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), 0, steps=1)
+    assert result.shape == (1, 3, 64, 64)
+    assert torch.isfinite(result).all()
+
+
+def test_checkpoint_tells_its_origin_but_no_paths(chain: Path) -> None:
+    training = checkpoint.read(chain / "nano" / "clearsr.safetensors").training
+    assert training["photographs"] == 2
+    assert training["settings"]["degradation"] == "paper"
+    assert "validation" in training["metrics"]
+    assert str(chain) not in str(training)
+
+
+def test_checkpoint_is_whole_and_small(chain: Path) -> None:
+    stored = checkpoint.read(chain / "nano" / "clearsr.safetensors")
+    assert stored.config.base is not None
+    assert stored.config.image_encoder
+    assert stored.training["settings"]["steps"] == 2
+    assert all(torch.isfinite(value).all() for table in stored.tensors.values() for value in table.values())
+
+
+def test_exactly_the_declared_parameters_move(chain: Path) -> None:
+    """The base is untouched; DPM, SPM, both LoRAs and the image encoder are not what they started as."""
+    base = models.BaseModel.load(chain / "base")
+    model = ClearSRModel.from_checkpoint(chain / "nano" / "clearsr.safetensors")
+    for name, value in base.unet.state_dict().items():
+        torch.testing.assert_close(models.without_lora(model.unet)[name], value.half().float(), msg=name)
+    for name, value in base.vae.state_dict().items():
+        torch.testing.assert_close(model.vae.state_dict()[name], value.half().float(), msg=name)
+    fresh = ClearSRModel(models.BaseModel.load(chain / "base"), model.control.config, 16, "pooled", 0)
+    trained = model.trainable()
+    moved = {name for name, value in fresh.trainable().items() if not torch.equal(value.half(), trained[name].half())}
+    for part in ("dpm.", "spm.", "unet_lora.", "vae_lora."):
+        assert any(name.startswith(part) for name in moved), part
+
+
+def test_trainable_parts_are_the_papers(chain: Path) -> None:
+    """72 decoder projections and every convolution and attention layer of the encoder carry LoRA."""
+    names = ClearSRModel.from_checkpoint(chain / "nano" / "clearsr.safetensors").trainable()
+    unet = {name.rpartition(".lora_")[0] for name in names if name.startswith("unet_lora.")}
+    vae = {name.rpartition(".lora_")[0] for name in names if name.startswith("vae_lora.")}
+    assert len(unet) == 72
+    assert all(".up_blocks." in name and ".attn" in name for name in unet)
+    # Equal widths need no shortcut convolutions: 1 + 4 levels x 2 + 3 downsamplers + 4 in the middle + 4 + 1.
+    assert len(vae) == 1 + 8 + 3 + 4 + 4 + 1
+
+
+def test_no_graph_grows_through_the_frozen_encoder(chain: Path) -> None:
+    """Residuals enter only the decoder, so that the UNet's down and middle blocks need no graph (METHOD 3.8)."""
+    model = ClearSRModel(models.BaseModel.load(chain / "base"), _config(chain), 16, "pooled", 0)
+    seen: dict[str, bool] = {}
+    for name in ("down_blocks.3", "mid_block", "up_blocks.0"):
+        module = model.unet.get_submodule(name)
+
+        def note(_module: object, _inputs: object, output: object, name: str = name) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            seen[name] = tensor.requires_grad  # type: ignore[union-attr]
+
+        module.register_forward_hook(note)
+    x_t = torch.randn(1, 4, 16, 16)
+    model.eps(x_t, torch.tensor([500]), torch.randn(1, 4, 16, 16), torch.zeros(1, 1, 16)).sum().backward()
+    assert seen == {"down_blocks.3": False, "mid_block": False, "up_blocks.0": True}
+
+
+def test_image_prompt_reaches_the_decoder_only(chain: Path) -> None:
+    """p replaces the empty prompt in the UNet's decoder (Sec. 3.1): encoder and middle give the same with any p."""
+    model = ClearSRModel.from_checkpoint(chain / "nano" / "clearsr.safetensors")
+    outputs: list[torch.Tensor] = []
+    model.unet.mid_block.register_forward_hook(lambda _m, _i, output: outputs.append(output.detach()))
+    x_t, lr = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        first, second = (model.eps(x_t, torch.tensor([500]), lr, torch.full((1, 1, 16), v)) for v in (-1.0, 1.0))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(first, second)
+
+
+def test_untrained_model_is_the_base(chain: Path) -> None:
+    """Zero output convolutions and zero LoRA: eps is the plain UNet's, to rounding (peft splits projections)."""
+    model = ClearSRModel(models.BaseModel.load(chain / "base"), _config(chain), 16, "null", 0)
+    base = models.BaseModel.load(chain / "base")
+    generator = torch.Generator().manual_seed(4)
+    x_t, lr = torch.randn(2, 2, 4, 16, 16, generator=generator)
+    t = torch.tensor([10, 900])
+    context = base.null_text.expand(2, -1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.eps(x_t, t, lr, context), base.unet(x_t, t, context).sample, rtol=1e-5, atol=1e-5
+        )
+        images = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
+        torch.testing.assert_close(model.lr_encoder(images), models.encode(base.vae, images), rtol=1e-5, atol=1e-5)
+
+
+def test_restore_gives_exactly_scale_times_input(chain: Path, tmp_path: Path) -> None:
+    (tmp_path / "lr").mkdir()
+    for name, size in {"a": (13, 7), "b": (16, 16), "c": (1, 5)}.items():
+        Image.new("RGB", size, (200, 40, 90)).save(tmp_path / "lr" / f"{name}.png")
+    command = [f"--checkpoint={chain}/nano/clearsr.safetensors", f"--lr={tmp_path}/lr", f"--out={tmp_path}/out"]
+    assert restore.main([*command, "--steps=2", "--ela_strength=0.02"]) == 0
+    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    assert sizes == {"a": (52, 28), "b": (64, 64), "c": (4, 20)}
+
+
+def test_same_seed_same_latent_and_one_step_works(chain: Path) -> None:
+    lr_latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def run(seed: int, steps: int) -> torch.Tensor:
+        noise, generator = noise_sources(lr_latent.shape, seed)
+        return sample(lambda x_t, t: 0.1 * x_t, lr_latent, noise, generator, steps=steps)
+
+    assert torch.equal(run(3, 7), run(3, 7))
+    assert not torch.equal(run(3, 7), run(4, 7))
+    assert torch.isfinite(run(3, 1)).all()
+
+
+def test_normalised_latents_leave_the_function_alone(chain: Path) -> None:
+    """Mean 0 and deviation 1 / 0.18215 per channel, and the same reconstruction."""
+    photographs = Photographs(chain / "photographs", smallest=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_autoencoder((32, 32, 32, 32), 1)
+    image = photographs.crops(1, 64, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = model.decode(model.encode(image).latent_dist.mode()).sample
+        normalise_latents(model, photographs, 64, count=64)
+        after = model.decode(model.encode(image).latent_dist.mode()).sample
+        crops = photographs.crops(64, 64, torch.Generator().manual_seed(0))
+        latents = models.encode(model, crops)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.3
+    assert (latents.std(dim=(0, 2, 3)) - 1.0).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (64, 64), (63, 65), (20, 200)])
+def test_padding_keeps_the_picture_and_reaches_the_grid(size: tuple[int, int]) -> None:
+    image = torch.rand(1, 3, *size)
+    padded = pad_to_grid(image)
+    assert padded.shape[-2] % 64 == 0
+    assert padded.shape[-1] % 64 == 0
+    assert torch.equal(padded[..., : size[0], : size[1]], image)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])
+def test_any_picture_is_read_as_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("picture.tif" if mode in ("CMYK", "I;16") else "picture.png")
+    if mode == "I;16":
+        Image.fromarray(np.full((9, 6), 30000, dtype=np.uint16)).save(path)
+    else:
+        Image.new("RGB", (6, 9), (120, 120, 120)).convert(mode).save(path)
+    pixels = read_rgb(path)
+    assert pixels.shape == (9, 6, 3)
+    assert abs(int(pixels[0, 0, 0]) - 120) < 6
+
+
+def test_broken_and_small_pictures_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (70, 70)).save(tmp_path / "good.png")
+    Image.new("RGB", (10, 70)).save(tmp_path / "small.png")
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    assert len(Photographs(tmp_path, smallest=64).images) == 1
+    assert "broken.jpg" in caplog.text
+    assert "small.png" in caplog.text
+    with pytest.raises(ValueError, match="smallest side"):
+        Photographs(tmp_path, smallest=100)
+    with pytest.raises(ValueError, match="not a folder"):
+        Photographs(tmp_path / "missing", smallest=1)
+
+
+def _config(chain: Path):
+    return checkpoint.read(chain / "nano" / "clearsr.safetensors").config.control

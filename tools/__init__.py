@@ -1,0 +1,1 @@
+"""Commands around the pack: environment, test hosts, demo, editor, tests. They need nothing but Python itself."""

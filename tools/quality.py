@@ -1,0 +1,104 @@
+"""Measure what the pack does to real photographs: every picture through the nodes of a real ComfyUI, then one table.
+
+    python -m tools.quality --hr=FOLDER --lr=FOLDER [--limit=20] [--alpha=0,0.02,0.05] [--beta=0,0.02,0.05]
+
+`--hr` holds photographs, `--lr` the same at a quarter of the size, paired by name as training.evaluate does.
+Pictures that are already there are not made again, so a stopped run continues. The table stands beside bicubic
+enlargement and Real-ESRGAN x4plus (where its package is installed): PSNR, SSIM, NIQE, EffLite distance, sharpness.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+from . import environment, hosts
+from .demo import WORKFLOW, only_node
+from .environment import ROOT
+from .server import Prompt, Server, running
+from .terminal import ProgressBar, ToolError, run_command, say
+
+Setting = tuple[float, float]  # alpha, beta
+
+
+def settings_of(alphas: list[float], betas: list[float]) -> list[Setting]:
+    """Return the cross of both sweeps: each alpha without beta, each beta without alpha; off first."""
+    sweeps = [(0.0, 0.0), *((alpha, 0.0) for alpha in alphas), *((0.0, beta) for beta in betas)]
+    return list(dict.fromkeys(sweeps))
+
+
+def folder_of(out: Path, setting: Setting) -> Path:
+    """Return where the pictures of one setting go."""
+    return out / f"alpha{setting[0]:g}_beta{setting[1]:g}"
+
+
+def upscale(server: Server, prompt: Prompt, picture: Path, settings: list[Setting], out: Path, name: str) -> int:
+    """Run one picture at every setting that has no result yet; return how many were made."""
+    missing = [setting for setting in settings if not (folder_of(out, setting) / name).exists()]
+    if not missing:
+        return 0
+    only_node(prompt, "LoadImage")[1]["image"] = server.client.upload(picture)
+    sampler = only_node(prompt, "ClearSRLSAKSampler")[1]
+    for setting in missing:
+        sampler["alpha"], sampler["beta"] = setting
+        run = server.client.run(prompt)
+        target = folder_of(out, setting) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".part")
+        server.client.download(run.outputs[only_node(prompt, "SaveImage")[0]]["images"][0], partial)
+        partial.replace(target)
+    return len(missing)
+
+
+def main(arguments: list[str]) -> int:
+    """Upscale, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m tools.quality", description="Measure the nodes on photographs.")
+    parser.add_argument("--hr", type=Path, required=True, help="folder of photographs")
+    parser.add_argument("--lr", type=Path, required=True, help="folder of the same at a quarter of the size")
+    parser.add_argument("--limit", type=int, default=20, help="how many pairs, in the order of names (default 20)")
+    parser.add_argument("--alpha", default="0,0.02,0.05", help="alphas to try with beta 0")
+    parser.add_argument("--beta", default="0,0.02,0.05", help="betas to try with alpha 0")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--method", default="wavelet", help="method of ClearSR Color Fix in the workflow")
+    parser.add_argument("--comfyui", default=hosts.NEWEST, choices=hosts.VERSIONS)
+    parser.add_argument("--baselines", default="bicubic,realesrgan")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "quality")
+    options = parser.parse_args(arguments)
+    for name in ("hr", "lr"):
+        if not getattr(options, name).is_dir():
+            raise ToolError(f"--{name}={getattr(options, name)} is not a folder")
+    pictures = sorted(path for path in options.lr.iterdir() if path.suffix.lower() == ".png")[: options.limit]
+    if not pictures:
+        raise ToolError(f"no PNG pictures in --lr={options.lr}")
+    settings = settings_of(*([float(value) for value in text.split(",")] for text in (options.alpha, options.beta)))
+
+    prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    checkpoint = ROOT / "models" / only_node(prompt, "ClearSRLoader")[1]["checkpoint"]
+    identity = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
+    out = options.out.resolve() / f"{identity}_{options.steps}_{options.method}_{options.comfyui}"
+    only_node(prompt, "ClearSRLSAKSampler")[1]["steps"] = options.steps
+    only_node(prompt, "ClearSRColorFix")[1]["method"] = options.method
+
+    python = environment.ensure("test")
+    host = hosts.ensure(options.comfyui, python)
+    names = [f"{picture.stem}.png" for picture in pictures]
+    if any(not (folder_of(out, setting) / name).exists() for setting in settings for name in names):
+        say(f"{len(pictures)} pictures at {len(settings)} settings through ComfyUI {host.version}")
+        bar = ProgressBar("pictures")
+        with running(host, out / "comfyui") as server:
+            for index, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+                upscale(server, prompt, picture, settings, out, name)
+                bar.update(index + 1, len(pictures))
+        bar.close()
+
+    methods = [*options.baselines.split(","), *(f"{folder_of(out, s).name}={folder_of(out, s)}" for s in settings)]
+    command = [str(python), "-m", "training.evaluate", f"--hr={options.hr}", f"--lr={options.lr}"]
+    command += [f"--limit={options.limit}", f"--methods={','.join(methods)}", f"--out={out}"]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,218 @@
+"""The example workflows: which nodes, how they are connected, what the notes beside them say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+NANO = "clearsr-nano-v0.safetensors"
+WIDTH = 320
+
+
+@dataclass(frozen=True)
+class Link:
+    """An input that comes from output number `output` of node `node`."""
+
+    node: str
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One box: its class, its inputs by name (a Link or a widget's value), a title if the class's own will not do."""
+
+    kind: str
+    inputs: dict[str, object] = field(default_factory=dict)
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """Text beside the nodes, in Markdown, under a title."""
+
+    title: str
+    text: str
+    height: int = 200
+
+
+@dataclass(frozen=True)
+class Column:
+    """Nodes and notes below each other, framed together under a title."""
+
+    title: str
+    names: tuple[str, ...]
+    width: int = WIDTH
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A workflow: nodes and notes by name, and columns from left to right."""
+
+    nodes: dict[str, Node]
+    notes: dict[str, Note]
+    columns: tuple[Column, ...]
+
+    def ids(self) -> dict[str, int]:
+        """Number nodes first, then notes, from 1: both forms of a workflow use the same ids."""
+        return {name: number for number, name in enumerate((*self.nodes, *self.notes), start=1)}
+
+
+_SLIDERS = Note(
+    "Two sliders",
+    """**alpha** pulls the first steps towards the low-resolution picture: more faithful, calmer.
+
+**beta** pushes the last steps away from it: crisper, more detail.
+
+Start with both at 0, then try 0.02 to 0.05. Moving only beta repeats only the last steps.
+""",
+    height=230,
+)
+
+
+def _upscale(*, checkpoint: str, base: dict[str, Node], clip: Link | None, prefix: str) -> dict[str, Node]:
+    """The four ClearSR nodes and the colour fix; `base` and `clip` are what a file without a base model needs."""
+    loader: dict[str, object] = {"checkpoint": checkpoint}
+    if base:
+        loader |= {"model": Link("base", 0), "vae": Link("base", 2)}
+    control: dict[str, object] = {
+        "model": Link("loader", 0),
+        "clearsr": Link("loader", 2),
+        "lr_latent": Link("encode", 0),
+    }
+    if clip is not None:
+        control["clip_vision_output"] = clip
+    return {
+        "image": Node("LoadImage", {"image": "example.png"}, "Low-resolution picture"),
+        **base,
+        "loader": Node("ClearSRLoader", loader),
+        "encode": Node("ClearSRLREncode", {"clearsr": Link("loader", 2), "image": Link("image", 0)}),
+        "control": Node("ClearSRControlApply", control),
+        "sampler": Node("ClearSRLSAKSampler", {"model": Link("control"), "lr_latent": Link("encode", 0)}),
+        "decode": Node("VAEDecode", {"samples": Link("sampler"), "vae": Link("loader", 1)}),
+        "colour": Node("ClearSRColorFix", {"image": Link("decode"), "reference": Link("encode", 1)}),
+        "save": Node("SaveImage", {"images": Link("colour"), "filename_prefix": prefix}, "Result"),
+        "compare": Node("PreviewImage", {"images": Link("encode", 1)}, "Bicubic, for comparison"),
+    }
+
+
+CLEARSR_X4 = Graph(
+    nodes=_upscale(checkpoint=NANO, base={}, clip=None, prefix="ClearSR"),
+    notes={
+        "about": Note(
+            "ClearSR x4",
+            """Choose a small, blurred or compressed picture (100 to 300 pixels) and press Run.
+
+The model is *nano*: small, complete in one file, trained by this pack's own `training` folder. It shows the whole
+method on any machine; it is no match for a full-size model.
+
+`example.png` stands for your picture: pick one in the node below.
+""",
+            height=260,
+        ),
+        "sliders": _SLIDERS,
+    },
+    columns=(
+        Column("1  Picture", ("about", "image")),
+        Column("2  Model and low-resolution latent", ("loader", "encode"), width=360),
+        Column("3  Control and sampling", ("control", "sampler"), width=360),
+        Column("4  Decoding", ("decode", "colour", "sliders")),
+        Column("Before", ("compare",), width=520),
+        Column("After", ("save",), width=520),
+    ),
+)
+
+CLEARSR_X4_SD21 = Graph(
+    nodes=_upscale(
+        checkpoint="clearsr-sd21.safetensors",
+        base={
+            "base": Node("CheckpointLoaderSimple", {"ckpt_name": "v2-1_512-ema-pruned.safetensors"}, "SD 2.1-base"),
+            "clip": Node(
+                "CLIPVisionLoader", {"clip_name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"}, "CLIP ViT-H"
+            ),
+            "features": Node(
+                "CLIPVisionEncode", {"clip_vision": Link("clip"), "image": Link("image", 0), "crop": "none"}
+            ),
+        },
+        clip=Link("features"),
+        prefix="ClearSR_SD21",
+    ),
+    notes={
+        "about": Note(
+            "ClearSR x4 on SD 2.1-base",
+            """Three files that this pack does not bring:
+
+- **Stable Diffusion 2.1-base** (the 512-pixel, eps model; not 2.1-768), in `models/checkpoints`
+- **CLIP ViT-H/14** vision encoder, in `models/clip_vision`
+- a **ClearSR checkpoint** for SD 2.1-base, in `models/clearsr`. No official weights are public: train one with this
+  pack's `training` folder.
+
+Without them, use the workflow *clearsr_x4*.
+""",
+            height=360,
+        ),
+        "sliders": _SLIDERS,
+    },
+    columns=(
+        Column("1  Picture", ("about", "image")),
+        Column("2  Base model", ("base", "clip", "features"), width=360),
+        Column("3  Model and low-resolution latent", ("loader", "encode"), width=360),
+        Column("4  Control and sampling", ("control", "sampler"), width=360),
+        Column("5  Decoding", ("decode", "colour", "sliders")),
+        Column("Before", ("compare",), width=520),
+        Column("After", ("save",), width=520),
+    ),
+)
+
+LSA_ANY_MODEL = Graph(
+    nodes={
+        "image": Node("LoadImage", {"image": "example.png"}, "Picture"),
+        "base": Node("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}, "Any SD or SDXL model"),
+        "positive": Node("CLIPTextEncode", {"clip": Link("base", 1), "text": "sharp photograph"}, "Positive"),
+        "negative": Node("CLIPTextEncode", {"clip": Link("base", 1), "text": "blurry, noisy"}, "Negative"),
+        "enlarge": Node(
+            "ImageScaleBy", {"image": Link("image", 0), "upscale_method": "bicubic", "scale_by": 2.0}, "Enlarge 2x"
+        ),
+        "encode": Node("VAEEncode", {"pixels": Link("enlarge"), "vae": Link("base", 2)}),
+        "lsa": Node(
+            "ClearSRLSAPatch", {"model": Link("base", 0), "lr_latent": Link("encode"), "alpha": 0.02, "beta": 0.02}
+        ),
+        "sampler": Node(
+            "KSampler",
+            {
+                "model": Link("lsa"),
+                "seed": 0,
+                "steps": 25,
+                "cfg": 5.0,
+                "sampler_name": "dpmpp_2m",
+                "scheduler": "karras",
+                "positive": Link("positive"),
+                "negative": Link("negative"),
+                "latent_image": Link("encode"),
+                "denoise": 0.5,
+            },
+        ),
+        "decode": Node("VAEDecode", {"samples": Link("sampler"), "vae": Link("base", 2)}),
+        "save": Node("SaveImage", {"images": Link("decode"), "filename_prefix": "LSA"}, "Result"),
+    },
+    notes={
+        "about": Note(
+            "LSA with any model",
+            """An ordinary image-to-image upscale. *LSA Patch* (latent space adjustment) stands between model and
+sampler and needs no ClearSR checkpoint:
+
+**alpha** holds the first steps near the picture, **beta** pushes the last ones away from it for detail.
+
+Choose your own checkpoint; any sampler and scheduler will do.
+""",
+            height=250,
+        ),
+    },
+    columns=(
+        Column("1  Picture", ("about", "image")),
+        Column("2  Model and prompt", ("base", "positive", "negative"), width=360),
+        Column("3  Latent of the picture", ("enlarge", "encode", "lsa")),
+        Column("4  Sampling", ("sampler", "decode")),
+        Column("5  Result", ("save",), width=520),
+    ),
+)
+
+GRAPHS = {"clearsr_x4": CLEARSR_X4, "clearsr_x4_sd21": CLEARSR_X4_SD21, "lsa_any_model": LSA_ANY_MODEL}

@@ -1,0 +1,109 @@
+"""Stage 1 of a base model from nothing: a narrow KL autoencoder (Stable Diffusion's, f8, 4 channels)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from .linear_start import fit_ends, start_linear
+from .loop import LoopSettings
+from .models import LATENT_SCALE, build_autoencoder
+from .perceptual import EffLite
+from .photographs import Photographs
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings(LoopSettings):
+    """Settings of the autoencoder stage; `data` is a folder of photographs."""
+
+    data: Path = Path("data")
+    widths: tuple[int, ...] = (32, 32, 64, 128)  # channels per level, finest first
+    norm_groups: int = 8  # of every group norm; a group of one or two channels loses the colours
+    blocks: int = 1  # residual blocks per encoder level (the decoder has one more)
+    batch: int = 4
+    crop: int = 96  # pixels, a multiple of 8
+    candidates: int = 3  # crops drawn for each one used; the most detailed is taken
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
+    coarse_weight: float = 0.5  # of the L1 between 8x8 means; without it a short training spends the latent on edges
+
+
+class AutoencoderStage:
+    """Reconstruction (L1 + EffLite) with a faint pull of the posterior towards a unit Gaussian."""
+
+    def __init__(self, settings: AutoencoderSettings) -> None:
+        self.settings = settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
+            start_linear(self.model)
+        self.perceptual = EffLite().to(settings.device)
+        self.photographs = Photographs(settings.data, smallest=settings.crop)
+        fit_ends(self.model, self.photographs.crops(32, settings.crop, torch.Generator().manual_seed(settings.seed)))
+        self.model.to(settings.device)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        settings = self.settings
+        images = self.photographs.crops(settings.batch, settings.crop, generator, settings.candidates).to(
+            settings.device
+        )
+        posterior = self.model.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(images)
+        restored = self.model.decode(posterior.mean + posterior.std * noise).sample
+        l1 = (restored - images).abs().mean()
+        perceptual = self.perceptual.distance(restored, images).mean()
+        kl = posterior.kl().mean()
+        coarse = torch.nn.functional.avg_pool2d(restored - images, 8).abs().mean()
+        loss = l1 + settings.perceptual_weight * perceptual + settings.coarse_weight * coarse + settings.kl_weight * kl
+        with torch.no_grad():
+            psnr = -10 * torch.log10((restored - images).square().mean() / 4 + 1e-12)
+        figures = {"l1": l1, "coarse": coarse, "efflite": perceptual, "psnr": psnr}
+        return loss, {name: float(value.detach()) for name, value in figures.items()}
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        size = min(256, *(min(image.shape[:2]) for image in self.photographs.images)) // 8 * 8
+        images = self.photographs.crops(4, size, torch.Generator().manual_seed(1), candidates=4).to(
+            self.settings.device
+        )
+        restored = self.model.decode(self.model.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+        sheet = torch.cat([torch.cat(list(images), dim=2), torch.cat(list(restored), dim=2)], dim=1)
+        pixels = ((sheet + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+        Image.fromarray(pixels).save(folder / f"validation_{step:08d}.png")
+        return {"psnr": float(-10 * torch.log10((restored - images).square().mean() / 4))}
+
+    def finish(self, folder: Path) -> None:
+        """Write `folder/vae` in diffusers' layout, with latents normalised as Stable Diffusion expects."""
+        normalise_latents(self.model, self.photographs, self.settings.crop)
+        self.model.save_pretrained(folder / "vae")
+
+
+def normalise_latents(model: AutoencoderKL, photographs: Photographs, crop: int, count: int = 512) -> None:
+    """Fold an affine map per channel into `quant_conv` / `post_quant_conv`, so that latent * 0.18215 is standardised.
+
+    The autoencoder stays the same function of the image. Every latent channel gets mean 0 and standard deviation
+    1 / 0.18215, measured on `count` crops: Stable Diffusion's scale then holds for this model too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = model.quant_conv.weight.device
+    latents = torch.cat(
+        [model.encode(photographs.crops(16, crop, generator).to(device)).latent_dist.mode() for _ in range(count // 16)]
+    )
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    gain = 1.0 / (std * LATENT_SCALE)
+    channels = mean.shape[0]
+    quant, post = model.quant_conv, model.post_quant_conv
+    # Moments are (mean, log variance) in channel order: z' = gain (z - mean), log var' = log var + 2 log gain.
+    quant.weight.data[:channels] *= gain[:, None, None, None]
+    quant.bias.data[:channels] = (quant.bias.data[:channels] - mean) * gain
+    quant.bias.data[channels:] += 2.0 * gain.log()
+    # The decoder undoes it: z = z' / gain + mean.
+    post.bias.data += (post.weight.data[:, :, 0, 0] * mean).sum(dim=1)
+    post.weight.data /= gain[None, :, None, None]

@@ -1,0 +1,162 @@
+"""Stage 3, the paper: DPM, SPM and both LoRAs trained together on a frozen base model (Sec. 3, Eq. 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clearsr_core.config import ControlConfig
+
+from . import degradation, models
+from .base import noise_schedule
+from .clearsr_model import ClearSRModel
+from .export import export, latent_rgb
+from .latents import FixedCrops
+from .loop import LoopSettings, generator_for, plain
+from .photographs import Photographs
+from .pipeline import sample, upscale_lr
+
+
+@dataclass(frozen=True)
+class ClearSRSettings(LoopSettings):
+    """Settings of the ClearSR stage; names that the paper gives carry its values as defaults."""
+
+    data: Path = Path("data")
+    base: Path = Path("runs/nano_base")  # folder of the frozen base model
+    cache: Path = Path("runs/latents.safetensors")  # encoded crops
+    batch: int = 8
+    crop: int = 512  # pixels
+    crops: int = 12_000  # number of different crops; the degradation is drawn anew each time
+    rank: int = 16  # of both LoRAs
+    prompt_dropout: float = 0.1  # share of batches that see the empty prompt instead of p
+    degradation: Literal["paper", "light"] = "paper"
+    control_input: Literal["lr", "lr+xt"] = "lr"
+    control_time: Literal["t", "fixed"] = "t"
+    use_dpm: bool = True
+    use_spm: bool = True
+    window_attention: bool = True
+    relative_bias: Literal["aligned", "none"] = "aligned"
+    query_windows: tuple[int, ...] = (8, 4, 2, 1)  # empty: one global window (needs relative_bias none)
+    fixed_timestep: int = 0  # for control_time fixed
+    prompt_mode: Literal["pooled", "patch", "null"] = "pooled"  # p: one token, a grid of tokens, or the empty prompt
+    anchor: Literal["lr_encoder", "plain"] = "lr_encoder"  # x_lr of start and LSA at inference: of E', or of E
+
+
+def control_config(settings: ClearSRSettings, base: models.BaseModel) -> ControlConfig:
+    """Return the configuration of DPM and SPM that fits the base model's UNet."""
+    unet = base.unet.config
+    widths = tuple(unet.block_out_channels)
+    return ControlConfig(
+        widths=widths,
+        head_channels=widths[0] // unet.attention_head_dim[0],
+        context_dim=unet.cross_attention_dim,
+        norm_groups=unet.norm_num_groups,
+        control_input=settings.control_input,
+        control_time=settings.control_time,
+        use_dpm=settings.use_dpm,
+        use_spm=settings.use_spm,
+        window_attention=settings.window_attention,
+        relative_bias=settings.relative_bias,
+        query_windows=settings.query_windows,
+        fixed_timestep=settings.fixed_timestep,
+    )
+
+
+class ClearSRStage:
+    """Eq. 1 on pairs of crops and their Real-ESRGAN degradations."""
+
+    def __init__(self, settings: ClearSRSettings) -> None:
+        self.settings = settings
+        base = models.BaseModel.load(settings.base)
+        self.schedule = noise_schedule()
+        self.degradation = degradation.PRESETS[settings.degradation]
+        photographs = Photographs(settings.data, smallest=settings.crop)
+        base.vae.to(settings.device)
+        self.crops = FixedCrops(
+            photographs, base.vae, settings.crop, settings.crops, settings.seed, settings.cache, settings.device
+        )
+        self.model = ClearSRModel(
+            base, control_config(settings, base), settings.rank, settings.prompt_mode, settings.seed
+        )
+        self.model.to(settings.device)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.model.trainable()
+
+    def pairs(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the degraded, upscaled crops of `indices`: (B, 3, crop, crop) in [0, 1]."""
+        hq_images = (self.crops.images(indices) + 1.0) / 2.0
+        lr_images = torch.stack([degradation.degrade(image, generator, self.degradation) for image in hq_images])
+        return upscale_lr(lr_images, (self.settings.crop, self.settings.crop))
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Return Eq. 1 for one batch."""
+        device = self.settings.device
+        indices = self.crops.draw(self.settings.batch, generator)
+        latents = self.crops.latents[indices]
+        lr_images = self.pairs(indices, generator).to(device)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(1000, (len(indices),), generator=generator)
+        x_t = self.schedule.add_noise(latents, noise, timesteps).to(device)
+
+        # p is dropped now and then, so that the empty prompt stays meaningful (guidance, missing image encoder). The
+        # whole batch at once: p and the empty prompt need not have the same number of tokens.
+        keep = float(torch.rand((), generator=generator)) >= self.settings.prompt_dropout
+        null_text = self.model.null_text.expand(len(indices), -1, -1)
+        prompt = self.model.image_prompt(lr_images) if keep else null_text
+
+        lr_latent = self.model.lr_encoder(lr_images * 2.0 - 1.0)
+        eps = self.model.eps(x_t, timesteps.to(device), lr_latent, prompt)
+        figures = {}
+        if step % 50 == 0:
+            # Nothing in Eq. 1 keeps E' near E, and the decoder only knows E: watch the distance.
+            plain = models.encode(self.model.vae, lr_images * 2.0 - 1.0)
+            figures["encoder_drift"] = float((lr_latent.detach() - plain).square().mean().sqrt())
+        return torch.nn.functional.mse_loss(eps, noise.to(device)), figures
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Restore four fixed pairs in 20 steps; write upscaled input, result and target as one sheet."""
+        indices = torch.arange(4)
+        generator = generator_for(self.settings.seed, -1)
+        lr_images = self.pairs(indices, generator).to(self.settings.device)
+        lr_latent = self.model.lr_encoder(lr_images * 2.0 - 1.0)
+        prompt = self.model.image_prompt(lr_images)
+        x_0 = sample(
+            lambda x_t, timesteps: self.model.eps(x_t, timesteps, lr_latent, prompt),
+            lr_latent,
+            torch.randn(lr_latent.shape, generator=generator),
+            generator,
+            steps=20,
+        )
+        restored = models.decode(self.model.vae, x_0).cpu()
+        hq_images = self.crops.images(indices)
+        rows = [lr_images.cpu() * 2.0 - 1.0, restored, hq_images]
+        sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+        pixels = ((sheet + 1.0) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"validation_{step:08d}.png")
+        error = (restored - hq_images).square().mean() / 4.0
+        distance = (x_0.cpu() - self.crops.latents[indices]).square().mean().sqrt()
+        return {"psnr": float(-10.0 * torch.log10(error)), "latent_error": float(distance)}
+
+    def finish(self, folder: Path) -> None:
+        """Write `folder/clearsr.safetensors`, the file that ComfyUI loads."""
+        indices = torch.arange(min(64, self.crops.count))
+        export(
+            self.model,
+            folder / "clearsr.safetensors",
+            rank=self.settings.rank,
+            prompt_mode=self.settings.prompt_mode,
+            anchor=self.settings.anchor,
+            training={
+                "settings": plain(self.settings),
+                "photographs": len(self.crops.photographs.images),
+                "megapixels": round(self.crops.photographs.megapixels),
+                "metrics": {"validation": self.validate(self.settings.steps, folder)},
+            },
+            preview=latent_rgb(self.crops.latents[indices], self.crops.images(indices)),
+        )

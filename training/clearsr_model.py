@@ -1,0 +1,113 @@
+"""Everything of one ClearSR training step: the frozen base, and the parts that move (Sec. 3.1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clearsr_core import checkpoint
+from clearsr_core.config import ControlConfig
+from clearsr_core.control import ClearSRControl
+from clearsr_core.image_encoder import ImagePromptEncoder
+from clearsr_core.initialise import initialise_fresh, initialise_from_unet
+from clearsr_core.key_maps import unet_from_host, vae_from_host
+
+from . import models
+
+
+class ClearSRModel(nn.Module):
+    """Everything of one training step: the frozen base, and the four things that move."""
+
+    anchor = "lr_encoder"  # x_lr of start and LSA: of E', or of the plain E
+
+    def __init__(self, base: models.BaseModel, control: ControlConfig, rank: int, prompt_mode: str, seed: int) -> None:
+        super().__init__()
+        self.null_text: Tensor
+        self.unet, self.vae = base.unet, base.vae
+        self.register_buffer("null_text", base.null_text)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.control = ClearSRControl(control)
+            initialise_from_unet(self.control, base.unet.state_dict(), generator)
+            self.lr_encoder = models.LREncoder(base.vae, rank)
+            models.add_decoder_lora(base.unet, rank)
+            self.image_encoder = (
+                ImagePromptEncoder(control.context_dim, patch=prompt_mode == "patch") if prompt_mode != "null" else None
+            )
+            if self.image_encoder is not None:
+                initialise_fresh(self.image_encoder, generator)
+        self.decoder_prompt = models.DecoderPrompt(base.unet)
+        # peft and deepcopy leave requires_grad as they like it; say what moves, once.
+        self.requires_grad_(False)
+        for parameter in self.trainable().values():
+            parameter.requires_grad_(True)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, base: models.BaseModel | None = None) -> ClearSRModel:
+        """Rebuild a trained model from its file, in diffusers' and peft's modules.
+
+        Args:
+            path: a checkpoint as `export` writes it.
+            base: the base model; None takes the one inside the file.
+        """
+        stored = checkpoint.read(path)
+        config, tensors = stored.config, stored.tensors
+        null_text = tensors["null_text"][""].float()  # self-contained files hold half precision
+        if base is None:
+            if config.base is None:
+                raise ValueError(f"{path} carries no base model: give --base=FOLDER of Stable Diffusion 2.1-base.")
+            networks = config.base
+            unet = models.build_unet(
+                networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups
+            )
+            unet.load_state_dict(unet_from_host(tensors["base.unet"], config.control))
+            vae = models.build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+            vae.load_state_dict(vae_from_host(tensors["base.vae"], networks))
+            base = models.BaseModel(unet.eval(), vae.eval(), null_text)
+        model = cls(base, config.control, config.lora_rank, config.prompt_mode if config.image_encoder else "null", 0)
+        model.null_text = null_text
+        model.anchor = config.anchor
+        values = {f"{part}.{name}": value for part, table in tensors.items() for name, value in table.items()}
+        with torch.no_grad():
+            for name, parameter in model.trainable().items():
+                parameter.copy_(values[name])
+        return model.eval()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return DPM, SPM, both LoRAs and the small image encoder, by their names in the checkpoint file."""
+        named = dict(self.control.named_parameters())
+        named |= {f"unet_lora.{name}": value for name, value in models.lora_parameters(self.unet).items()}
+        named |= {f"vae_lora.{name}": value for name, value in models.lora_parameters(self.lr_encoder).items()}
+        if self.image_encoder is not None:
+            named |= {f"image_encoder.{name}": value for name, value in self.image_encoder.named_parameters()}
+        return named
+
+    def image_prompt(self, lr_images: Tensor) -> Tensor:
+        """Return p of (B, 3, H, W) pictures in [0, 1], (B, n, C); the empty prompt where there is no image encoder."""
+        if self.image_encoder is None:
+            return self.null_text.expand(lr_images.shape[0], -1, -1)
+        return self.image_encoder(lr_images)
+
+    def eps(self, x_t: Tensor, timesteps: Tensor, lr_latent: Tensor, prompt: Tensor) -> Tensor:
+        """Predict the noise: eps_theta'(x_t, x_c, p, t) with x_c = DPM(x_lr) + SPM(x_lr) (Eq. 1).
+
+        Args:
+            x_t: (B, 4, h, w) noisy latent, model units.
+            timesteps: (B,) integers 0 .. 999.
+            lr_latent: (B, 4, h, w) x_lr, model units.
+            prompt: (B, n, C) image prompt p, read by the UNet's decoder only.
+        """
+        context = self.null_text.expand(x_t.shape[0], -1, -1)
+        residuals = self.control(lr_latent, timesteps, context, x_t)
+        self.decoder_prompt.prompt = prompt
+        # No graph grows through the UNet's encoder: nothing there moves and the residuals enter after it.
+        return self.unet(
+            x_t,
+            timesteps,
+            context,
+            down_block_additional_residuals=residuals.down,
+            mid_block_additional_residual=residuals.mid,
+        ).sample

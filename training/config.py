@@ -1,0 +1,94 @@
+"""Settings of a training run: a TOML preset, then `--key=value` overrides, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_type_hints
+
+import tomllib
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+
+Settings = TypeVar("Settings")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has the wrong type or contradicts another; the message says which and what to do."""
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Return the table of a preset: a name in `training/presets`, or the path of a TOML file."""
+    path = Path(name) if name.endswith(".toml") else PRESET_FOLDER / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(p.stem for p in PRESET_FOLDER.glob("*.toml"))
+        raise ConfigError(f"No preset {name!r}. Presets here: {', '.join(known)}; or give the path of a .toml file.")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"Preset {path} is not valid TOML: {error}") from error
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """Turn `["--steps=100", "--data=photos"]` into a table of strings, keeping the order given."""
+    overrides: dict[str, str] = {}
+    for argument in arguments:
+        key, separator, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not separator:
+            raise ConfigError(f"Cannot read {argument!r}: settings are written --key=value.")
+        overrides[key.replace("-", "_")] = value
+    return overrides
+
+
+def _convert(key: str, value: object, kind: Any) -> object:  # noqa: ANN401 - a type, or a generic alias of one
+    """Give `value` (from TOML or the command line) the type that the setting declares."""
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "yes", "1", "on"):
+            return True
+        if str(value).lower() in ("false", "no", "0", "off"):
+            return False
+        raise ConfigError(f"--{key} takes true or false, not {value!r}.")
+    origin = getattr(kind, "__origin__", None)
+    if origin is Literal:
+        if value in kind.__args__:
+            return value
+        raise ConfigError(f"--{key} takes {' or '.join(map(str, kind.__args__))}, not {value!r}.")
+    if origin is tuple:
+        items = [item for item in value.split(",") if item] if isinstance(value, str) else cast("list[object]", value)
+        item_kind = kind.__args__[0]
+        return tuple(_convert(key, item, item_kind) for item in items)
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--{key} takes {kind.__name__}, not {value!r}.") from error
+
+
+def build(kind: type[Settings], *tables: dict[str, Any]) -> Settings:
+    """Make settings of dataclass `kind` from tables; a later table wins over an earlier one.
+
+    Raises:
+        ConfigError: for an unknown key (names the nearest one), a value of the wrong type, a missing required key.
+    """
+    hints = get_type_hints(kind)
+    merged: dict[str, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            if key not in hints:
+                nearest = difflib.get_close_matches(key, hints, n=1)
+                suggestion = f" Did you mean --{nearest[0]}?" if nearest else f" Known: {', '.join(sorted(hints))}."
+                raise ConfigError(f"Unknown setting --{key} for {kind.__name__}.{suggestion}")
+            merged[key] = _convert(key, value, hints[key])
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    missing = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.name not in merged
+    ]
+    if missing:
+        raise ConfigError("Please give " + ", ".join(f"--{name}=..." for name in missing) + ".")
+    return kind(**merged)

@@ -1,0 +1,84 @@
+"""Upscale a folder with the reference pipeline: `python -m training.restore --checkpoint=... --lr=... --out=...`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from clearsr_core.checkpoint import CheckpointError
+from clearsr_core.lsa import LSAConfig
+
+from . import config
+from .clearsr_model import ClearSRModel
+from .photographs import SUFFIXES, read_rgb
+from .pipeline import restore
+
+log = logging.getLogger("clearsr.training")
+
+
+@dataclass(frozen=True)
+class RestoreSettings:
+    """What to upscale, with which file, how."""
+
+    checkpoint: Path
+    lr: Path  # folder of low-resolution pictures
+    out: Path  # folder for the results, under the same names; existing ones are kept
+    limit: int = 0  # 0 = all
+    scale: int = 4
+    steps: int = 50
+    seed: int = 0
+    ela_strength: float = 0.0  # the paper's alpha
+    lla_strength: float = 0.0  # the paper's beta
+    ela_end: float = 0.3  # share of the steps in which alpha acts
+    lla_start: float = 0.88  # share of the steps after which beta acts
+    accumulate: Literal["per_step", "over_phase"] = "per_step"  # over_phase: the same look at any number of steps
+    threads: int = 0
+
+
+def run(settings: RestoreSettings) -> None:
+    """Upscale every picture that has no result yet."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    model = ClearSRModel.from_checkpoint(settings.checkpoint)
+    lsa = LSAConfig(
+        settings.ela_strength,
+        settings.lla_strength,
+        settings.ela_end,
+        settings.lla_start,
+        settings.accumulate,
+    )
+    paths = sorted(path for path in settings.lr.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"No pictures in --lr={settings.lr}.")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(paths[: settings.limit or None], unit="picture"):
+        target = settings.out / f"{path.stem}.png"
+        if target.exists():
+            continue
+        pixels = torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255.0
+        restored = restore(model, pixels, settings.seed, scale=settings.scale, steps=settings.steps, lsa=lsa)
+        result = (restored[0] * 255.0).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(np.ascontiguousarray(result)).save(target)
+
+
+def main(arguments: list[str]) -> int:
+    """Run from the command line; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(config.build(RestoreSettings, config.parse_overrides(arguments)))
+    except (config.ConfigError, CheckpointError, ValueError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""Training state on disk: one safetensors file, written whole or not at all, that resumes a run exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+_NAME = "state_{step:08d}.safetensors"
+
+
+class SnapshotError(RuntimeError):
+    """A snapshot cannot be written, or does not belong to this run; the message says what to do."""
+
+
+@dataclass
+class TrainingState:
+    """Everything that decides the rest of a run; random numbers come from (seed, step) and need no state."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    settings: dict[str, object]
+
+
+def write(folder: Path, state: TrainingState, keep: int = 2) -> Path:
+    """Write `state` atomically (temporary file, fsync, rename) and keep the newest `keep` snapshots.
+
+    Raises:
+        SnapshotError: when the disk is full or the folder cannot be written; older snapshots stay intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / _NAME.format(step=state.step)
+    temporary = target.with_suffix(".part")
+    metadata = {"format": str(FORMAT), "step": str(state.step), "settings": json.dumps(state.settings, sort_keys=True)}
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}, temporary, metadata
+        )
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        raise SnapshotError(
+            f"Could not write the snapshot {target}: {error}. Earlier snapshots are intact; free some space and run "
+            "the same command again to continue."
+        ) from error
+    for old in sorted(folder.glob("state_*.safetensors"))[:-keep]:
+        old.unlink()
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest complete snapshot of `folder`, or None."""
+    return max(folder.glob("state_*.safetensors"), default=None)
+
+
+def read(path: Path) -> TrainingState:
+    """Read a snapshot written by `write`."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if int(metadata.get("format", 0)) != FORMAT:
+                raise SnapshotError(
+                    f"{path} has snapshot format {metadata.get('format')}; this version reads {FORMAT}."
+                )
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except SnapshotError:
+        raise
+    except Exception as error:
+        raise SnapshotError(f"{path} cannot be read: {error}. Delete it to continue from the one before.") from error
+    return TrainingState(int(metadata["step"]), tensors, json.loads(metadata["settings"]))
+
+
+def load_parameters(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a snapshot under `prefix`, without it (for a later stage or for export)."""
+    state = read(path)
+    return {name.removeprefix(prefix): value for name, value in state.tensors.items() if name.startswith(prefix)}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """Flatten Adam's moments into named tensors; `names` maps id(parameter) to its name."""
+    tensors: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` flattened."""
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        for name, parameter in parameters.items():
+            stored = tensors.get(f"optimizer.{key}.{name}")
+            if stored is not None:
+                moved = stored.clone() if key == "step" else stored.to(parameter.device).clone()
+                optimizer.state[parameter][key] = moved
