@@ -27,6 +27,7 @@ class AutoencoderSettings(LoopSettings):
     blocks: int = 1  # residual blocks per encoder level (the decoder has one more)
     batch: int = 4
     crop: int = 96  # pixels, a multiple of 8
+    freeze_encoder: bool = False  # the decoder alone learns: latents, and all that was trained on them, stay valid
     candidates: int = 3  # crops drawn for each one used; the most detailed is taken
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
@@ -48,6 +49,11 @@ class AutoencoderStage:
         self.model.to(settings.device)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
+        decoder = ("decoder.", "post_quant_conv.")
+        still = self.settings.freeze_encoder
+        return {name: value for name, value in self.weights().items() if not still or name.startswith(decoder)}
+
+    def weights(self) -> dict[str, torch.nn.Parameter]:
         return dict(self.model.named_parameters())
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -55,7 +61,8 @@ class AutoencoderStage:
         images = self.photographs.crops(settings.batch, settings.crop, generator, settings.candidates).to(
             settings.device
         )
-        posterior = self.model.encode(images).latent_dist
+        with torch.set_grad_enabled(not settings.freeze_encoder):
+            posterior = self.model.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(images)
         restored = self.model.decode(posterior.mean + posterior.std * noise).sample
         l1 = (restored - images).abs().mean()
@@ -81,7 +88,8 @@ class AutoencoderStage:
 
     def finish(self, folder: Path) -> None:
         """Write `folder/vae` in diffusers' layout, with latents normalised as Stable Diffusion expects."""
-        normalise_latents(self.model, self.photographs, self.settings.crop)
+        if not self.settings.freeze_encoder:
+            normalise_latents(self.model, self.photographs, self.settings.crop)
         self.model.save_pretrained(folder / "vae")
 
 

@@ -63,6 +63,9 @@ class BaseStage:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {**{f"unet.{name}": value for name, value in self.unet.named_parameters()}, "null_text": self.null_text}
 
+    def weights(self) -> dict[str, torch.nn.Parameter]:
+        return self.trainable()
+
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
         latents = self.crops.latents[self.crops.draw(settings.batch, generator)]

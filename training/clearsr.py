@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from . import degradation, models
 from .base import noise_schedule
 from .clearsr_model import ClearSRModel
 from .export import export, latent_rgb
-from .latents import FixedCrops
+from .latents import FixedCrops, FixedPairs
 from .loop import LoopSettings, generator_for, plain
 from .photographs import Photographs
 from .pipeline import sample, upscale_lr
@@ -32,6 +33,8 @@ class ClearSRSettings(LoopSettings):
     batch: int = 8
     crop: int = 512  # pixels
     crops: int = 12_000  # number of different crops; the degradation is drawn anew each time
+    freeze_encoders: bool = False  # hold E' and the image encoder still: each crop is degraded and encoded only once
+    pair_cache: Path = Path("runs/pairs.safetensors")  # what freeze_encoders keeps
     rank: int = 16  # of both LoRAs
     prompt_dropout: float = 0.1  # share of batches that see the empty prompt instead of p
     degradation: Literal["paper", "light"] = "paper"
@@ -86,7 +89,18 @@ class ClearSRStage:
         self.model.to(settings.device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
+        reads_pixels = ("vae_lora.", "image_encoder.")
+        still = self.settings.freeze_encoders
+        return {name: value for name, value in self.weights().items() if not still or not name.startswith(reads_pixels)}
+
+    def weights(self) -> dict[str, nn.Parameter]:
         return self.model.trainable()
+
+    @functools.cached_property
+    def fixed_pairs(self) -> FixedPairs:
+        """Every crop's partner, encoded; made on first use, when the weights are in place."""
+        settings = self.settings
+        return FixedPairs(self.crops, self.pairs, self.model, settings.degradation, settings.seed, settings.pair_cache)
 
     def pairs(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Return the degraded, upscaled crops of `indices`: (B, 3, crop, crop) in [0, 1]."""
@@ -99,7 +113,6 @@ class ClearSRStage:
         device = self.settings.device
         indices = self.crops.draw(self.settings.batch, generator)
         latents = self.crops.latents[indices]
-        lr_images = self.pairs(indices, generator).to(device)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (len(indices),), generator=generator)
         x_t = self.schedule.add_noise(latents, noise, timesteps).to(device)
@@ -107,16 +120,22 @@ class ClearSRStage:
         # p is dropped now and then, so that the empty prompt stays meaningful (guidance, missing image encoder). The
         # whole batch at once: p and the empty prompt need not have the same number of tokens.
         keep = float(torch.rand((), generator=generator)) >= self.settings.prompt_dropout
-        null_text = self.model.null_text.expand(len(indices), -1, -1)
-        prompt = self.model.image_prompt(lr_images) if keep else null_text
-
-        lr_latent = self.model.lr_encoder(lr_images * 2.0 - 1.0)
-        eps = self.model.eps(x_t, timesteps.to(device), lr_latent, prompt)
         figures = {}
-        if step % 50 == 0:
-            # Nothing in Eq. 1 keeps E' near E, and the decoder only knows E: watch the distance.
-            plain = models.encode(self.model.vae, lr_images * 2.0 - 1.0)
-            figures["encoder_drift"] = float((lr_latent.detach() - plain).square().mean().sqrt())
+        if self.settings.freeze_encoders:
+            lr_latent, prompt = (
+                self.fixed_pairs.latents[indices].to(device),
+                self.fixed_pairs.prompts[indices].to(device),
+            )
+        else:
+            lr_images = self.pairs(indices, generator).to(device)
+            lr_latent, prompt = self.model.lr_encoder(lr_images * 2.0 - 1.0), self.model.image_prompt(lr_images)
+            if step % 50 == 0:
+                # Nothing in Eq. 1 keeps E' near E, and the decoder only knows E: watch the distance.
+                plain = models.encode(self.model.vae, lr_images * 2.0 - 1.0)
+                figures["encoder_drift"] = float((lr_latent.detach() - plain).square().mean().sqrt())
+        if not keep:
+            prompt = self.model.null_text.expand(len(indices), -1, -1)
+        eps = self.model.eps(x_t, timesteps.to(device), lr_latent, prompt)
         return torch.nn.functional.mse_loss(eps, noise.to(device)), figures
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:

@@ -12,7 +12,6 @@ from clearsr_core.config import ControlConfig
 from clearsr_core.control import ClearSRControl
 from clearsr_core.image_encoder import ImagePromptEncoder
 from clearsr_core.initialise import initialise_fresh, initialise_from_unet
-from clearsr_core.key_maps import unet_from_host, vae_from_host
 
 from . import models
 
@@ -55,20 +54,9 @@ class ClearSRModel(nn.Module):
         """
         stored = checkpoint.read(path)
         config, tensors = stored.config, stored.tensors
-        null_text = tensors["null_text"][""].float()  # self-contained files hold half precision
-        if base is None:
-            if config.base is None:
-                raise ValueError(f"{path} carries no base model: give --base=FOLDER of Stable Diffusion 2.1-base.")
-            networks = config.base
-            unet = models.build_unet(
-                networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups
-            )
-            unet.load_state_dict(unet_from_host(tensors["base.unet"], config.control))
-            vae = models.build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
-            vae.load_state_dict(vae_from_host(tensors["base.vae"], networks))
-            base = models.BaseModel(unet.eval(), vae.eval(), null_text)
+        base = base or models.BaseModel.from_checkpoint(stored)
         model = cls(base, config.control, config.lora_rank, config.prompt_mode if config.image_encoder else "null", 0)
-        model.null_text = null_text
+        model.null_text = tensors["null_text"][""].float()  # self-contained files hold half precision
         model.anchor = config.anchor
         values = {f"{part}.{name}": value for part, table in tensors.items() for name, value in table.items()}
         with torch.no_grad():
@@ -111,3 +99,10 @@ class ClearSRModel(nn.Module):
             down_block_additional_residuals=residuals.down,
             mid_block_additional_residual=residuals.mid,
         ).sample
+
+
+def weights_in(path: Path) -> dict[str, Tensor]:
+    """Return all weights of a self-contained ClearSR file by the names that the training stages give them."""
+    model = ClearSRModel.from_checkpoint(path)
+    unet = {f"unet.{name}": value for name, value in models.without_lora(model.unet).items()}
+    return {**model.vae.state_dict(), **unet, "null_text": model.null_text, **model.trainable()}

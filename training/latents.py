@@ -1,23 +1,56 @@
-"""A fixed set of random crops with their encoded latents, kept on disk so that no crop is encoded twice."""
+"""Fixed sets of random crops, and of their degraded partners, encoded once and kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import models
+from .clearsr_model import ClearSRModel
 from .loop import generator_for
 from .photographs import Photographs
 
 log = logging.getLogger("clearsr.training")
+
+BATCH = 16
+
+
+def _weights_hash(*modules: nn.Module | None) -> str:
+    digest = hashlib.sha256()
+    for module in modules:
+        for value in module.state_dict().values() if module is not None else ():
+            digest.update(value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encoded_once(
+    cache: Path, identity: str, count: int, encode: Callable[[Tensor], dict[str, Tensor]], what: str
+) -> dict[str, Tensor]:
+    """Return what `encode` gives for the numbers 0 .. count-1, from `cache` if that file is of the same identity."""
+    if cache.is_file():
+        stored = load_file(cache)
+        if bytes(stored.pop("identity").tolist()).decode() == identity:
+            return stored
+    batches = []
+    with torch.no_grad():
+        for start in tqdm(range(0, count, BATCH), desc=what, unit="batch", mininterval=5):
+            encoded = encode(torch.arange(start, min(start + BATCH, count)))
+            batches.append({name: value.cpu() for name, value in encoded.items()})
+    tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_suffix(".part")
+    save_file({**tensors, "identity": torch.tensor(list(identity.encode()))}, partial)
+    partial.replace(cache)
+    return tensors
 
 
 class FixedCrops:
@@ -36,32 +69,14 @@ class FixedCrops:
         self, photographs: Photographs, vae: AutoencoderKL, size: int, count: int, seed: int, cache: Path, device: str
     ) -> None:
         self.photographs, self.size, self.count, self.seed = photographs, size, count, seed
-        identity = self._identity(vae)
-        if cache.is_file():
-            stored = load_file(cache)
-            if bytes(stored["identity"].tolist()).decode() == identity:
-                self.latents = stored["latents"]
-                return
-        self.latents = self._encode(vae, device).contiguous()
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(".part")
-        save_file({"latents": self.latents, "identity": torch.tensor(list(identity.encode()))}, partial)
-        partial.replace(cache)
+        pictures = [(path.name, image.shape) for path, image in photographs]
+        self.listing = hashlib.sha256(json.dumps([pictures, size, count, seed]).encode()).hexdigest()
 
-    def _identity(self, vae: AutoencoderKL) -> str:
-        weights = hashlib.sha256()
-        for value in (*vae.encoder.state_dict().values(), *vae.quant_conv.state_dict().values()):
-            weights.update(value.detach().cpu().numpy().tobytes())
-        pictures = [(path.name, image.shape) for path, image in self.photographs]
-        listing = hashlib.sha256(json.dumps([pictures, self.size, self.count, self.seed]).encode())
-        return weights.hexdigest() + listing.hexdigest()
+        def encode(indices: Tensor) -> dict[str, Tensor]:
+            return {"latents": models.encode(vae, self.images(indices).to(device))}
 
-    def _encode(self, vae: AutoencoderKL, device: str) -> Tensor:
-        batch, latents = 16, []
-        for start in tqdm(range(0, self.count, batch), desc="encoding crops", unit="batch", mininterval=5):
-            images = self.images(torch.arange(start, min(start + batch, self.count)))
-            latents.append(models.encode(vae, images.to(device)).cpu())
-        return torch.cat(latents)
+        identity = _weights_hash(vae.encoder, vae.quant_conv) + self.listing
+        self.latents = _encoded_once(cache, identity, count, encode, "encoding crops")["latents"]
 
     def image(self, index: int) -> Tensor:
         """Return crop `index` as (3, size, size) in [-1, 1]."""
@@ -74,3 +89,37 @@ class FixedCrops:
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         """Return `batch` crop numbers."""
         return torch.randint(self.count, (batch,), generator=generator)
+
+
+class FixedPairs:
+    """Low-resolution partners of fixed crops, degraded and encoded once; right as long as the encoders stand still.
+
+    Args:
+        crops: the crops.
+        degraded: turns crop numbers and a generator into (B, 3, size, size) in [0, 1].
+        model: holds E' and the image encoder.
+        degradation: name of the preset that `degraded` uses.
+        seed: decides the degradations.
+        cache: file to keep the result in.
+    """
+
+    def __init__(
+        self,
+        crops: FixedCrops,
+        degraded: Callable[[Tensor, torch.Generator], Tensor],
+        model: ClearSRModel,
+        degradation: str,
+        seed: int,
+        cache: Path,
+    ) -> None:
+        device = model.null_text.device
+
+        def encode(indices: Tensor) -> dict[str, Tensor]:
+            lr_images = degraded(indices, generator_for(seed + 2, int(indices[0]))).to(device)
+            return {"latents": model.lr_encoder(lr_images * 2.0 - 1.0), "prompts": model.image_prompt(lr_images)}
+
+        identity = "-".join(
+            [_weights_hash(model.lr_encoder, model.image_encoder), crops.listing, degradation, str(seed)]
+        )
+        encoded = _encoded_once(cache, identity, crops.count, encode, "encoding pairs")
+        self.latents, self.prompts = encoded["latents"], encoded["prompts"]

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import snapshot
+from .clearsr_model import weights_in
 
 log = logging.getLogger("clearsr.training")
 
@@ -32,7 +33,7 @@ class LoopSettings:
     steps: int
     learning_rate: float
     out: Path
-    init: Path = Path()  # folder of another run whose weights to start from; empty = from nothing
+    init: Path = Path()  # folder of another run, or a ClearSR file, whose weights to start from; empty = from nothing
     seed: int = 0
     warmup: int = 500  # steps from zero to the full learning rate
     decay: Literal["constant", "linear"] = "constant"  # the paper, or linear to zero at the last step
@@ -49,6 +50,10 @@ class Stage(Protocol):
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return exactly the parameters that move, by the names under which they are stored."""
+        ...
+
+    def weights(self) -> dict[str, torch.nn.Parameter]:
+        """Return what `init` sets: the trainable parameters, and those of the same parts that are held still."""
         ...
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -133,7 +138,7 @@ def run(stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> bo
     )
     averaged = {name: value.detach().clone() for name, value in parameters.items()} if settings.ema else {}
     if settings.init != Path():
-        _start_from(settings.init, parameters, averaged)
+        _start_from(settings.init, stage.weights(), averaged)
     step = _resume(out, parameters, averaged, optimizer, identity)
     _forget_after(out / "stats.jsonl", step)
 
@@ -227,17 +232,21 @@ def _swapped(parameters: dict[str, torch.nn.Parameter], averaged: dict[str, Tens
             parameters[name].data.copy_(value)
 
 
-def _start_from(folder: Path, parameters: dict[str, torch.nn.Parameter], averaged: dict[str, Tensor]) -> None:
-    """Take the weights of another run, averaged ones if it has them; its optimiser and its steps are not taken."""
-    path = snapshot.latest(folder)
-    if path is None:
-        raise snapshot.SnapshotError(f"--init={folder} holds no snapshot to start from.")
-    tensors = snapshot.read(path).tensors
+def _start_from(source: Path, weights: dict[str, torch.nn.Parameter], averaged: dict[str, Tensor]) -> None:
+    """Take the weights of a file or of another run, averaged ones if it has them; its optimiser and steps stay there."""
+    if source.is_file():
+        found = weights_in(source)
+    else:
+        path = snapshot.latest(source)
+        if path is None:
+            raise snapshot.SnapshotError(f"--init={source} holds no snapshot to start from.")
+        state = snapshot.read(path).tensors
+        found = {name: state.get(f"ema.{name}", state.get(f"model.{name}")) for name in weights}
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            stored = tensors.get(f"ema.{name}", tensors.get(f"model.{name}"))
+        for name, parameter in weights.items():
+            stored = found.get(name)
             if stored is None or stored.shape != parameter.shape:
-                raise snapshot.SnapshotError(f"--init={folder} holds another model: {name} does not fit.")
+                raise snapshot.SnapshotError(f"--init={source} holds another model: {name} does not fit.")
             parameter.copy_(stored)
             if name in averaged:
                 averaged[name].copy_(stored)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clearsr_core import checkpoint
-from training import models, restore, train
+from training import models, restore, snapshot, train
 from training.autoencoder import build_autoencoder, normalise_latents
 from training.clearsr_model import ClearSRModel
 from training.photographs import Photographs, read_rgb
@@ -94,6 +94,66 @@ def test_exactly_the_declared_parameters_move(chain: Path) -> None:
     moved = {name for name, value in fresh.trainable().items() if not torch.equal(value.half(), trained[name].half())}
     for part in ("dpm.", "spm.", "unet_lora.", "vae_lora."):
         assert any(name.startswith(part) for name in moved), part
+
+
+def _continued(chain: Path, out: Path, *settings: str) -> list[str]:
+    """Return the command that trains the chain's file further."""
+    file = chain / "nano" / "clearsr.safetensors"
+    command = [f"--data={chain}/photographs", "--threads=1", "--crop=64", "--batch=2", "--validate_every=0"]
+    return [*command, f"--init={file}", f"--out={out}", *settings]
+
+
+def _fixed_encoders(chain: Path, tmp_path: Path, out: str, steps: int) -> list[str]:
+    caches = [f"--cache={tmp_path}/latents.safetensors", f"--pair_cache={tmp_path}/pairs.safetensors", "--crops=4"]
+    settings = ["--preset=nano", f"--base={chain}/nano/clearsr.safetensors", "--freeze_encoders=true", *caches]
+    return [*_continued(chain, tmp_path / out, *settings), f"--steps={steps}", "--snapshot_every=1", "--ema=0"]
+
+
+def test_a_file_is_trained_further_with_its_encoders_held_still(chain: Path, tmp_path: Path) -> None:
+    """What reads pixels stays as in the file, the rest moves, and the base comes from the file too."""
+    assert train.main(_fixed_encoders(chain, tmp_path, "run", 1)) == 0
+    before = checkpoint.read(chain / "nano" / "clearsr.safetensors").tensors
+    after = checkpoint.read(tmp_path / "run" / "clearsr.safetensors").tensors
+    for part in ("vae_lora", "image_encoder", "base.unet", "base.vae"):
+        assert all(torch.equal(value, after[part][name]) for name, value in before[part].items()), part
+    for part in ("dpm", "spm", "unet_lora"):
+        assert any(not torch.equal(value, after[part][name]) for name, value in before[part].items()), part
+
+
+def test_fixed_pairs_are_made_once_and_a_resumed_run_is_the_same_run(chain: Path, tmp_path: Path) -> None:
+    assert train.main(_fixed_encoders(chain, tmp_path, "whole", 2)) == 0
+    written = (tmp_path / "pairs.safetensors").stat().st_mtime_ns
+    assert train.main(_fixed_encoders(chain, tmp_path, "halves", 1)) == 0
+    assert train.main(_fixed_encoders(chain, tmp_path, "halves", 2)) == 0
+    whole, halves = (
+        snapshot.read(tmp_path / out / "state_00000002.safetensors").tensors for out in ("whole", "halves")
+    )
+    assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+    assert (tmp_path / "pairs.safetensors").stat().st_mtime_ns == written
+
+
+def test_decoder_learns_alone_and_latents_stay(chain: Path, tmp_path: Path) -> None:
+    command = _continued(chain, tmp_path, "--preset=nano_autoencoder", "--widths=32,32,32,32", "--freeze_encoder=true")
+    assert train.main([*command, "--steps=2", "--ema=0"]) == 0
+    before = models.BaseModel.load(chain / "nano" / "clearsr.safetensors").vae.state_dict()
+    after = models.AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
+    moved = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved == {"decoder", "post_quant_conv"}
+
+
+def test_a_base_is_trained_further_from_a_file(chain: Path, tmp_path: Path) -> None:
+    shared = ["--preset=nano_base", "--widths=32,32,64,64", "--context_dim=16", f"--vae={chain}/autoencoder/vae"]
+    command = _continued(chain, tmp_path, *shared, f"--cache={chain}/latents.safetensors", "--crops=4", "--steps=1")
+    assert train.main([*command, "--learning_rate=1e-9", "--ema=0"]) == 0
+    start = models.BaseModel.load(chain / "nano" / "clearsr.safetensors").unet.state_dict()
+    trained = models.BaseModel.load(tmp_path).unet.state_dict()
+    for name, value in start.items():
+        torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-7)
+
+
+def test_a_file_of_another_model_is_refused(chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert train.main([*_fixed_encoders(chain, tmp_path, "run", 1), "--rank=4"]) == 1
+    assert "holds another model" in caplog.text
 
 
 def test_trainable_parts_are_the_papers(chain: Path) -> None:

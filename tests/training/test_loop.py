@@ -33,6 +33,9 @@ class Toy:
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.network.named_parameters())
 
+    def weights(self) -> dict[str, nn.Parameter]:
+        return self.trainable()
+
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         x = torch.randn(4, 6, generator=generator)
         time.sleep(self.pause)
@@ -91,9 +94,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         "loop.run(test_loop.Toy(pause=0.05), test_loop.settings(Path(sys.argv[2])), {})\n"
     )
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(ROOT), str(killed)], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(killed)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while snapshot.latest(killed) is None and time.monotonic() < deadline:
         time.sleep(0.02)
