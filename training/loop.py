@@ -233,7 +233,7 @@ def _swapped(parameters: dict[str, torch.nn.Parameter], averaged: dict[str, Tens
 
 
 def _start_from(source: Path, weights: dict[str, torch.nn.Parameter], averaged: dict[str, Tensor]) -> None:
-    """Take the weights of a file or of another run, averaged ones if it has them; its optimiser and steps stay there."""
+    """Take the weights of a file or another run, averaged ones if it has them; its optimiser and steps stay there."""
     if source.is_file():
         found = weights_in(source)
     else:
