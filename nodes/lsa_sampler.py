@@ -66,7 +66,7 @@ class LSARun:
     lr_latent: Tensor | None = None  # (1 or B, 4, h, w) in model units; None = the latent that the host samples from
     ela_map: Tensor | None = None  # (1 or B, 1, h, w) in [0, 1]
     lla_map: Tensor | None = None
-    start_from_lr: bool = True
+    start_from_lr: bool = True  # at the last training timestep; for schedules that begin at the top
     late_state: LateState | None = None  # remembers where the late phase begins
 
 

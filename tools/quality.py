@@ -25,8 +25,11 @@ Setting = tuple[float, float]  # alpha, beta
 
 
 def settings_of(alphas: list[float], betas: list[float]) -> list[Setting]:
-    """Return the cross of both sweeps: each alpha without beta, each beta without alpha; off first."""
-    sweeps = [(0.0, 0.0), *((alpha, 0.0) for alpha in alphas), *((0.0, beta) for beta in betas)]
+    """Return the cross of both sweeps: each alpha without beta, each beta without alpha; off first.
+
+    The betas come before the alphas: LSA KSampler repeats only the last steps when nothing but beta changes.
+    """
+    sweeps = [(0.0, 0.0), *((0.0, beta) for beta in betas), *((alpha, 0.0) for alpha in alphas)]
     return list(dict.fromkeys(sweeps))
 
 

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from clearsr_core.lsa import LSAConfig, adjust
-from clearsr_core.schedule import Spacing, spaced_timesteps
+from clearsr_core.schedule import Spacing, last_timesteps
 
 from . import models
 from .clearsr_model import ClearSRModel
@@ -18,8 +18,11 @@ GRID = 64  # pixels; the deepest level of the UNet then has whole windows
 START_TIMESTEP = 999  # the LR start adds the noise of the last training step, whatever the first step of the schedule
 
 
-def sampling_schedule(steps: int, spacing: Spacing) -> DDPMScheduler:
-    """Return Stable Diffusion's schedule respaced to `steps` (leading: offset 1), variance fixed_small, no clipping."""
+def sampling_schedule(steps: int, spacing: Spacing, denoise: float = 1.0) -> DDPMScheduler:
+    """Return Stable Diffusion's schedule respaced to `steps` (leading: offset 1), variance fixed_small, no clipping.
+
+    `denoise` below 1 leaves the noisiest part of the schedule out; the distance between the steps stays.
+    """
     scheduler = DDPMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -31,7 +34,7 @@ def sampling_schedule(steps: int, spacing: Spacing) -> DDPMScheduler:
         steps_offset=1,
     )
     # diffusers' own choice, but for the ends of the range: one step, and a thousand with an offset (see schedule.py).
-    scheduler.set_timesteps(timesteps=spaced_timesteps(steps, spacing).tolist())
+    scheduler.set_timesteps(timesteps=last_timesteps(steps, denoise, spacing).tolist())
     return scheduler
 
 
@@ -68,6 +71,7 @@ def restore(
     *,
     scale: int = 4,
     steps: int = 50,
+    denoise: float = 1.0,
     lsa: LSAConfig | None = None,
 ) -> Tensor:
     """Upscale pictures from pixels to pixels.
@@ -78,6 +82,7 @@ def restore(
         seed: of all noise; the same seed gives the picture that the nodes give.
         scale: factor of the output size.
         steps: number of inference steps.
+        denoise: share of the way that is sampled, from x_lr; 1 is the paper's.
         lsa: strengths and phases; None = off.
 
     Returns:
@@ -95,6 +100,7 @@ def restore(
         start_noise,
         generator,
         steps=steps,
+        denoise=denoise,
         lsa=lsa,
         anchor=models.encode(model.vae, padded) if model.anchor == "plain" else None,
     )
@@ -110,6 +116,7 @@ def sample(
     *,
     steps: int = 50,
     spacing: Spacing = "leading",
+    denoise: float = 1.0,
     lsa: LSAConfig | None = None,
     anchor: Tensor | None = None,
     start_from_lr: bool = True,
@@ -123,6 +130,7 @@ def sample(
         generator: CPU generator of the noise of each step.
         steps: number of inference steps; 1 or more, need not divide 1000.
         spacing: "leading" (SeeSR's), "linspace" or "trailing".
+        denoise: (0, 1]; below 1 sampling starts part of the way, from x_lr noised to the first timestep.
         lsa: strengths and phases of Eqs. 3 and 4; None = off.
         anchor: x_lr of start and LSA, when it is not that of the control.
         start_from_lr: x_T = add_noise(x_lr, noise, 999) as SeeSR does; otherwise plain noise.
@@ -130,10 +138,12 @@ def sample(
     Returns:
         (B, 4, h, w) x_0 in model units.
     """
-    scheduler = sampling_schedule(steps, spacing)
+    scheduler = sampling_schedule(steps, spacing, denoise)
     anchor = lr_latent if anchor is None else anchor
     x_t = start_noise.to(lr_latent)
-    if start_from_lr:
+    if denoise < 1.0:
+        x_t = scheduler.add_noise(anchor, x_t, scheduler.timesteps[:1])
+    elif start_from_lr:
         x_t = scheduler.add_noise(anchor, x_t, torch.tensor([START_TIMESTEP]))
     for step, timestep in enumerate(scheduler.timesteps):
         predicted = eps(x_t, timestep.expand(x_t.shape[0]).to(x_t.device))

@@ -35,6 +35,7 @@ class RestoreSettings:
     scale: int = 4
     steps: int = 50
     seed: int = 0
+    denoise: float = 1.0  # below 1: start part of the way, from x_lr
     ela_strength: float = 0.0  # the paper's alpha
     lla_strength: float = 0.0  # the paper's beta
     ela_end: float = 0.3  # share of the steps in which alpha acts
@@ -64,7 +65,15 @@ def run(settings: RestoreSettings) -> None:
         if target.exists():
             continue
         pixels = torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255.0
-        restored = restore(model, pixels, settings.seed, scale=settings.scale, steps=settings.steps, lsa=lsa)
+        restored = restore(
+            model,
+            pixels,
+            settings.seed,
+            scale=settings.scale,
+            steps=settings.steps,
+            denoise=settings.denoise,
+            lsa=lsa,
+        )
         result = (restored[0] * 255.0).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(np.ascontiguousarray(result)).save(target)
 

@@ -139,6 +139,10 @@ def test_decoder_learns_alone_and_latents_stay(chain: Path, tmp_path: Path) -> N
     after = models.AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
     moved = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {"decoder", "post_quant_conv"}
+    # The run is whole: it can be gone on with, by itself and in a run of other settings.
+    assert train.main([*command, "--steps=3", "--ema=0"]) == 0
+    again = [argument for argument in command if not argument.startswith(("--init", "--out"))]
+    assert train.main([*again, f"--init={tmp_path}", f"--out={tmp_path}/again", "--steps=1"]) == 0
 
 
 def test_a_base_is_trained_further_from_a_file(chain: Path, tmp_path: Path) -> None:
