@@ -169,7 +169,7 @@ def preserves_variance(sampling: HostObject) -> bool:
 
 
 def lr_start(lr_latent: Tensor, noise: Tensor, sigma_max: float, first_sigma: Tensor) -> Tensor:
-    """Return the LR start in the sampler's scale: x_lr noised to the last training timestep (METHOD 3.6).
+    """Return the LR start in the sampler's scale: x_lr noised to the last training timestep (decision 0007).
 
     In the variance-preserving scale that is `schedule.lr_start`; the first model call then takes it for a state at
     `first_sigma`, whatever timestep that is, as SeeSR does.

@@ -1,4 +1,4 @@
-"""LSA KSampler, and its parts for SamplerCustom: SIGMAS, SAMPLER, the empty prompt (paper Sec. 3.3, METHOD 3.6-3.7)."""
+"""LSA KSampler, and its parts for SamplerCustom: SIGMAS, SAMPLER, the empty prompt (paper Sec. 3.3, decision 0008)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGMAS of spaced DDPM (METHOD 3.6) beside the host's own schedulers."""
+"""SIGMAS of spaced DDPM (decision 0007) beside the host's own schedulers."""
 
 from __future__ import annotations
 

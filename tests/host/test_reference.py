@@ -36,7 +36,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_host_sampling_equals_the_reference_pipeline(
     tiny: dict[str, Any], tmp_path: Path, steps: int, ela: float, lla: float, denoise: float
 ) -> None:
-    """METHOD section 4, last line: same weights, same noise, same steps; 1e-3 relative on the final latent."""
+    """Same weights, same noise, same steps; 1e-3 relative on the final latent."""
     image = rig.images(1, 24, 20)
     expected = reference(tmp_path, tiny["name"], image, 11, steps, ela, lla, denoise)
     latent, _ = rig.run("ClearSRLREncode", clearsr=tiny["clearsr"], image=image, scale=4.0)

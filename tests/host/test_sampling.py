@@ -34,7 +34,7 @@ def sample(model, lr, **settings):
 
 
 def reference_loop(loaded, lr, steps, lsa, spacing="leading", seed=3, from_lr=True, denoise=1.0):
-    """Spaced DDPM with LSA in the variance-preserving scale, written with clearsr_core alone (METHOD 3.6, 3.7)."""
+    """Spaced DDPM with LSA in the variance-preserving scale, written with clearsr_core alone (decisions 0007, 0008)."""
     comfy.model_management.load_models_gpu([loaded["model"]])
     base = loaded["model"].model
     context = loaded["clearsr"].null_text[None]

@@ -49,7 +49,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_option_of_the_method_trains_and_runs(chain: Path, tmp_path: Path, variant: str) -> None:
-    """What METHOD leaves open is a setting: it trains, is written to the file, and runs from there."""
+    """What the paper leaves open is a setting: it trains, is written to the file, and runs from there."""
     command = ["--preset=nano", f"--data={chain}/photographs", "--steps=1", "--threads=1", "--crop=64", "--batch=1"]
     command += [f"--base={chain}/base", f"--cache={chain}/latents.safetensors", "--crops=4", "--validate_every=0"]
     assert train.main([*command, *VARIANTS[variant], f"--out={tmp_path}"]) == 0
@@ -172,7 +172,7 @@ def test_trainable_parts_are_the_papers(chain: Path) -> None:
 
 
 def test_no_graph_grows_through_the_frozen_encoder(chain: Path) -> None:
-    """Residuals enter only the decoder, so that the UNet's down and middle blocks need no graph (METHOD 3.8)."""
+    """Residuals enter only the decoder, so that the UNet's down and middle blocks need no graph (decision 0010)."""
     model = ClearSRModel(models.BaseModel.load(chain / "base"), _config(chain), 16, "pooled", 0)
     seen: dict[str, bool] = {}
     for name in ("down_blocks.3", "mid_block", "up_blocks.0"):
