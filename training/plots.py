@@ -65,9 +65,8 @@ def _sheet(count: int, width: float, height: float, columns: int = MAX_COLUMNS) 
     """Return a figure with `count` places, each `width` x `height` inches."""
     across = min(count, columns)
     down = math.ceil(count / across)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(across * width, down * height), layout="constrained")
-        places = figure.subplots(down, across, squeeze=False).ravel().tolist()
+    figure = Figure(figsize=(across * width, down * height), layout="constrained")
+    places = figure.subplots(down, across, squeeze=False).ravel().tolist()
     for place in places[count:]:
         figure.delaxes(place)
     return figure, places[:count]
@@ -75,10 +74,10 @@ def _sheet(count: int, width: float, height: float, columns: int = MAX_COLUMNS) 
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(_STYLE):
-        figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI)
 
 
+@mpl.rc_context(_STYLE)  # type: ignore[arg-type]
 def write_curves(path: Path, panels: Sequence[Panel]) -> None:
     """Write panels of curves side by side."""
     figure, places = _sheet(len(panels), 3.8, 3.0)
@@ -96,11 +95,19 @@ def write_curves(path: Path, panels: Sequence[Panel]) -> None:
         for index, (name, value) in enumerate(panel.upright):
             place.axvline(value, color=("#8c3b3b", "#3b5f8c")[index % 2], linestyle="--", linewidth=1, label=name)
         place.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        # A band of few pictures is wider than anything there is to see: the curves decide what is shown.
+        shown = np.concatenate([np.asarray(curve.y, dtype=float) for curve in panel.curves])
+        shown = np.append(shown, [value for _, value in panel.across])
+        shown = shown[np.isfinite(shown)]
+        if len(shown):
+            margin = 0.25 * (shown.max() - shown.min()) or 0.05 * abs(shown[0]) or 1.0
+            place.set_ylim(shown.min() - margin, shown.max() + margin)
         if place.get_legend_handles_labels()[0]:
             place.legend(fontsize=7)
     _save(figure, path)
 
 
+@mpl.rc_context(_STYLE)  # type: ignore[arg-type]
 def write_tables(path: Path, tables: Sequence[Table]) -> None:
     """Write coloured tables side by side, with the number in every cell."""
     longest = max(len(table.columns) for table in tables)
@@ -123,6 +130,7 @@ def write_tables(path: Path, tables: Sequence[Table]) -> None:
     _save(figure, path)
 
 
+@mpl.rc_context(_STYLE)  # type: ignore[arg-type]
 def write_bars(path: Path, title: str, y_label: str, names: Sequence[str], values: Sequence[float]) -> None:
     """Write one bar for every name, positive ones in another colour than negative ones."""
     figure, (place,) = _sheet(1, max(4.0, min(14.0, 0.35 * len(names) + 1.5)), 3.4)
@@ -136,6 +144,7 @@ def write_bars(path: Path, title: str, y_label: str, names: Sequence[str], value
     _save(figure, path)
 
 
+@mpl.rc_context(_STYLE)  # type: ignore[arg-type]
 def write_pictures(path: Path, rows: Iterable[tuple[str, Sequence[tuple[str, np.ndarray]]]]) -> None:
     """Write rows of pictures, each (H, W, 3) or (H, W) in [0, 1] under its own title; a row begins with its name."""
     rows = list(rows)
