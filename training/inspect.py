@@ -79,7 +79,7 @@ def control_parts(model: ClearSRModel, encoded: EncodedLR, timestep: int, seed: 
         residuals = model.control(
             encoded.lr_latent,
             torch.tensor([timestep]),
-            model.null_text[None] if model.null_text.ndim == 2 else model.null_text,
+            model.null_text.expand(1, -1, -1),
             x_t,
             dpm_strength=dpm_strength,
             spm_strength=spm_strength,
@@ -88,7 +88,8 @@ def control_parts(model: ClearSRModel, encoded: EncodedLR, timestep: int, seed: 
 
     if model.control.dpm is None or model.control.spm is None:
         return {"SPM" if model.control.dpm is None else "DPM": run()}
-    return {"DPM": run(spm_strength=0.0), "SPM": run(dpm_strength=0.0), WHOLE: run()}
+    detail, structure = run(spm_strength=0.0), run(dpm_strength=0.0)
+    return {"DPM": detail, "SPM": structure, WHOLE: [d + s for d, s in zip(detail, structure, strict=True)]}
 
 
 @contextmanager
@@ -117,9 +118,10 @@ def window_attention_features(model: ClearSRModel) -> Iterator[list[tuple[Tensor
             handle.remove()
 
 
-def _ratio(whole: Tensor, features: Tensor) -> str:
-    """Say how much coarser (..., h_k, w_k) is than x_lr."""
-    return f"1/{round(whole.shape[-1] / features.shape[-1])} of x_lr's side"
+def _size(lr_latent: Tensor, features: Tensor) -> str:
+    """Say how much coarser than x_lr a feature map is."""
+    ratio = round(lr_latent.shape[-1] / features.shape[-1])
+    return "side of x_lr" if ratio == 1 else f"side 1/{ratio}"
 
 
 def inspect_picture(
@@ -137,15 +139,14 @@ def inspect_picture(
         findings.add_spectrum("latents", f"{of}x_lr", lr_latent)
         with window_attention_features(model) as attention:
             parts = control_parts(model, encoded, settings.timestep, settings.seed)
-        # DPM runs once for itself and once for the sum: the first half is enough.
-        for before, after in attention[: max(1, len(attention) // max(1, len(parts) - 1))]:
-            panel = f"DPM's window attention, {_ratio(lr_latent, before)}"
+        for before, after in attention:
+            panel = f"DPM's window attention, {_size(lr_latent, before)}"
             findings.add_spectrum(panel, f"{of}before", before)
             findings.add_spectrum(panel, f"{of}after", after)
         for part, residuals in parts.items():
             findings.divergences.append((name, label, part, analysis.control_divergence(lr_latent, residuals)))
             for residual in residuals:
-                findings.add_spectrum(f"control, {_ratio(lr_latent, residual)}", f"{of}{part}", residual)
+                findings.add_spectrum(f"control, {_size(lr_latent, residual)}", f"{of}{part}", residual)
             if sheet:
                 for rows, view in ((pca_rows, analysis.pca_picture), (power_rows, _power_picture)):
                     shown = [("LR", picture), ("x_lr", view(lr_latent).numpy())]
@@ -202,7 +203,9 @@ def write_findings(settings: InspectSettings, findings: Findings) -> None:
         log.info("D_kl of %s, %s: %.4f", label, part, means[label][part])
     content: dict[str, object] = {"settings": loop.plain(settings), "d_kl": means}
     curves = [
-        plots.Curve(f"{label}: {part}" if len(means) > 1 else part, range(1, len(values) + 1), values)
+        plots.Curve(
+            f"{label}: {part}" if len(means) > 1 else part, range(1, len(values) + 1), values, dashed=label == AGAINST
+        )
         for (label, part), values in levels.items()
     ]
     plots.write_curves(settings.out / "dkl.png", [plots.Panel("D_kl of the control", curves, "c_k", "nats")])

@@ -153,9 +153,15 @@ def write_pictures(path: Path, rows: Iterable[tuple[str, Sequence[tuple[str, np.
     for index, (name, pictures) in enumerate(rows):
         for column in range(columns):
             place = places[index * columns + column]
-            place.set_axis_off()
+            place.grid(visible=False)
+            place.set_xticks([])
+            place.set_yticks([])
+            for side in place.spines.values():
+                side.set_visible(False)
+            if column == 0:
+                place.set_ylabel(name, fontsize=7)
             if column < len(pictures):
                 title, picture = pictures[column]
                 place.imshow(picture, cmap="gray", interpolation="nearest")
-                place.set_title(f"{name}\n{title}" if column == 0 else f"\n{title}", fontsize=7)
+                place.set_title(title, fontsize=7)
     _save(figure, path)

@@ -197,13 +197,11 @@ def write_sweep(settings: SweepSettings, table: dict[str, dict[str, Summary]]) -
         panels = []
         for key in measures:
             cells = [table[setting_name(*place)][key] for place in places]
-            half_widths = [cell.half_width for cell in cells]
-            spread = half_widths if all(map(math.isfinite, half_widths)) else ()
             reference = table[REFERENCE].get(key)
             panels.append(
                 plots.Panel(
                     title(key),
-                    [plots.Curve(rest, x, [cell.mean for cell in cells], spread)],
+                    [plots.Curve(rest, x, [cell.mean for cell in cells])],
                     moved,
                     across=[("HR", reference.mean)] if reference else [],
                 )
