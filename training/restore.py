@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from clearsr_core.checkpoint import CheckpointError
@@ -18,7 +16,7 @@ from clearsr_core.lsa import LSAConfig
 
 from . import config
 from .clearsr_model import ClearSRModel
-from .photographs import SUFFIXES, read_rgb
+from .photographs import SUFFIXES, read_pixels, to_bytes, write_png
 from .pipeline import restore
 
 log = logging.getLogger("clearsr.training")
@@ -64,18 +62,16 @@ def run(settings: RestoreSettings) -> None:
         target = settings.out / f"{path.stem}.png"
         if target.exists():
             continue
-        pixels = torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255.0
         restored = restore(
             model,
-            pixels,
+            read_pixels(path),
             settings.seed,
             scale=settings.scale,
             steps=settings.steps,
             denoise=settings.denoise,
             lsa=lsa,
         )
-        result = (restored[0] * 255.0).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(np.ascontiguousarray(result)).save(target)
+        write_png(to_bytes(restored[0]), target)
 
 
 def main(arguments: list[str]) -> int:
