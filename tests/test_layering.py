@@ -223,3 +223,8 @@ def test_no_file_names_a_machine():
         if "node_modules" not in path.parts and path != Path(__file__) and MACHINE_PATH.search(text_of(path))
     ]
     assert not bad
+
+
+def test_no_training_file_hides_a_standard_module():
+    """`accelerate launch training/train.py` puts the folder first on the path: an inspect.py there would end torch."""
+    assert not {path.stem for path in sources("training")} & STANDARD

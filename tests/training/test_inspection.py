@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training import analysis, inspect
+from training import analysis, inspection
 from training.clearsr_model import ClearSRModel
 from training.pipeline import encode_lr
 
@@ -31,25 +31,25 @@ def test_parts_are_what_the_model_adds(chain: Path) -> None:
     """DPM + SPM is the control itself, and window attention is seen once per layer."""
     model = ClearSRModel.from_checkpoint(chain / "nano" / "clearsr.safetensors")
     encoded = encode_lr(model, torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    with inspect.window_attention_features(model) as attention:
-        parts = inspect.control_parts(model, encoded, 300, 0)
+    with inspection.window_attention_features(model) as attention:
+        parts = inspection.control_parts(model, encoded, 300, 0)
     with torch.no_grad():
         whole = model.control(encoded.lr_latent, torch.tensor([300]), model.null_text.expand(1, -1, -1), None)
-    for found, expected in zip(parts[inspect.WHOLE], (*whole.down, whole.mid), strict=True):
+    for found, expected in zip(parts[inspection.WHOLE], (*whole.down, whole.mid), strict=True):
         assert torch.equal(found, expected[0])
     assert len(attention) == 7
     assert attention[0][0].shape[1:] == encoded.lr_latent.shape[2:]
     assert all(before.shape == after.shape for before, after in attention)
-    with inspect.window_attention_features(model) as attention:
+    with inspection.window_attention_features(model) as attention:
         pass
-    inspect.control_parts(model, encoded, 300, 0)
+    inspection.control_parts(model, encoded, 300, 0)
     assert attention == []
 
 
 def test_one_file(chain: Path, folder: Path) -> None:
     command = [f"--checkpoint={chain}/nano/clearsr.safetensors", f"--lr={folder}/lr", f"--out={folder}/out"]
     more = [f"--hr={folder}/hr", f"--results={folder}/hr", "--sheets=1", "--threads=1"]
-    assert inspect.main([*command, *more]) == 0
+    assert inspection.main([*command, *more]) == 0
     out = folder / "out"
     assert {path.name for path in out.glob("*.png")} == {"dkl.png", "pca_a.png", "spectrum_a.png", "spectra.png"}
     written = json.loads((out / "inspection.json").read_text(encoding="utf-8"))
@@ -66,14 +66,14 @@ def test_two_files_differ_by_equation_5(chain: Path, folder: Path) -> None:
     """Diff is D_kl(against) - D_kl(checkpoint): 0 for a file against itself."""
     file = chain / "nano" / "clearsr.safetensors"
     command = [f"--checkpoint={file}", f"--against={file}", f"--lr={folder}/lr", f"--out={folder}/out", "--sheets=0"]
-    assert inspect.main([*command, "--limit=1", "--threads=1"]) == 0
+    assert inspection.main([*command, "--limit=1", "--threads=1"]) == 0
     written = json.loads((folder / "out" / "inspection.json").read_text(encoding="utf-8"))
     assert written["diff"]["pictures"] == {"a": 0.0}
     assert written["diff"]["above_zero"] == 0
     findings = inspect.Findings()
     findings.divergences += [
         ("a", "checkpoint", "DPM", [9.0, 9.0]),
-        ("a", "checkpoint", inspect.WHOLE, [1.0, 2.0]),
+        ("a", "checkpoint", inspection.WHOLE, [1.0, 2.0]),
         ("a", "against", "DPM", [3.0, 5.0]),
     ]
     assert inspect.differences(findings) == {"a": 2.5}
@@ -84,9 +84,9 @@ def test_missing_partners_and_impossible_times_are_told(
 ) -> None:
     command = [f"--checkpoint={chain}/nano/clearsr.safetensors", f"--lr={folder}/lr", f"--out={folder}/out"]
     (folder / "hr" / "b.png").unlink()
-    assert inspect.main([*command, f"--hr={folder}/hr"]) == 1
+    assert inspection.main([*command, f"--hr={folder}/hr"]) == 1
     assert "no HR picture for b" in caplog.text
-    assert inspect.main([*command, "--timestep=1000"]) == 1
+    assert inspection.main([*command, "--timestep=1000"]) == 1
     assert "0 .. 999" in caplog.text
 
 

@@ -1,7 +1,7 @@
 """What the control carries of x_lr: D_kl, PCA views and power spectra (Figs. 2, 4, 8, 9; Eq. 5; App. B, C).
 
-    python -m training.inspect --checkpoint=FILE --lr=LR --out=out/inspection --limit=20
-    python -m training.inspect --checkpoint=FILE --against=CONTROLNET_FILE --lr=LR --hr=HR --out=out/inspection
+    python -m training.inspection --checkpoint=FILE --lr=LR --out=out/inspection --limit=20
+    python -m training.inspection --checkpoint=FILE --against=CONTROLNET_FILE --lr=LR --hr=HR --out=out/inspection
 
 One file: DPM, SPM and their sum beside each other. Two files: also Diff = D_kl(against) - D_kl(checkpoint), per picture
 (Eq. 5). Every model is held against the x_lr of its own encoder. No sampling is done; `--results` takes finished ones.
