@@ -212,9 +212,9 @@ def write_findings(settings: InspectSettings, findings: Findings) -> None:
 
     if AGAINST in means:
         diff = differences(findings)
-        above = sum(value > 0 for value in diff.values())
-        content["diff"] = {"mean": statistics.fmean(diff.values()), "above_zero": above, "pictures": diff}
-        log.info("Diff (Eq. 5): mean %.4f, above 0 for %d of %d pictures.", content["diff"]["mean"], above, len(diff))  # type: ignore[index]
+        mean, above = statistics.fmean(diff.values()), sum(value > 0 for value in diff.values())
+        content["diff"] = {"mean": mean, "above_zero": above, "pictures": diff}
+        log.info("Diff (Eq. 5): mean %.4f, above 0 for %d of %d pictures.", mean, above, len(diff))
         title = "Diff = D_kl(against) - D_kl(checkpoint)"
         plots.write_bars(settings.out / "diff.png", title, "nats", list(diff), list(diff.values()))
     (settings.out / "inspection.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -70,13 +70,13 @@ def test_two_files_differ_by_equation_5(chain: Path, folder: Path) -> None:
     written = json.loads((folder / "out" / "inspection.json").read_text(encoding="utf-8"))
     assert written["diff"]["pictures"] == {"a": 0.0}
     assert written["diff"]["above_zero"] == 0
-    findings = inspect.Findings()
+    findings = inspection.Findings()
     findings.divergences += [
         ("a", "checkpoint", "DPM", [9.0, 9.0]),
         ("a", "checkpoint", inspection.WHOLE, [1.0, 2.0]),
         ("a", "against", "DPM", [3.0, 5.0]),
     ]
-    assert inspect.differences(findings) == {"a": 2.5}
+    assert inspection.differences(findings) == {"a": 2.5}
 
 
 def test_missing_partners_and_impossible_times_are_told(
@@ -92,6 +92,6 @@ def test_missing_partners_and_impossible_times_are_told(
 
 def test_curves_of_maps_of_two_sizes_are_averaged_on_the_smaller() -> None:
     rings = [analysis.relative_spectrum(torch.rand(2, side, side)) for side in (16, 8)]
-    radii, values = inspect.mean_curve(rings)
+    radii, values = inspection.mean_curve(rings)
     assert len(radii) == len(values) == 5
     assert values[-1] == pytest.approx(float(rings[0][1][-1] + rings[1][1][-1]) / 2)
