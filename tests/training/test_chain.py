@@ -277,7 +277,7 @@ def test_broken_and_small_pictures_are_left_out(tmp_path: Path, caplog: pytest.L
     Image.new("RGB", (70, 70)).save(tmp_path / "good.png")
     Image.new("RGB", (10, 70)).save(tmp_path / "small.png")
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
-    assert len(Photographs(tmp_path, smallest=64).images) == 1
+    assert len(Photographs(tmp_path, smallest=64)) == 1
     assert "broken.jpg" in caplog.text
     assert "small.png" in caplog.text
     with pytest.raises(ValueError, match="smallest side"):
