@@ -49,6 +49,8 @@ def read_rgb(file: Path | io.BytesIO) -> np.ndarray:
 def upright_size(picture: Image.Image) -> tuple[int, int]:
     """Return (height, width) of an open picture as `read_rgb` will give it, from its header alone."""
     width, height = picture.size
+    if picture.format == "TIFF":
+        return height, width  # upright already
     if picture.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & picture.info.keys():
         return height, width  # Pillow would decode the whole file to look for a late EXIF block
     return (width, height) if picture.getexif().get(ORIENTATION) in ROTATED else (height, width)
@@ -118,7 +120,6 @@ class _Folder:
         _report(small, f"have a side under {smallest} pixels")
         if not self.paths:
             raise ValueError(f"None of the {len(paths)} pictures in {folder} can be used (smallest side {smallest}).")
-
         self.names = [path.name for path in self.paths]
         self.chunks = [range(start, min(start + CHUNK, len(self.paths))) for start in range(0, len(self.paths), CHUNK)]
 
