@@ -304,6 +304,9 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        log.error("Stopped. The same command goes on behind the last whole shard.")
+        return 130
     return 0
 
 

@@ -237,6 +237,23 @@ def test_a_picture_that_turns_out_to_be_damaged_is_replaced_by_the_next(
     assert len(Photographs(folder, 32)) == len(SIZES) - 1
 
 
+def test_a_failing_disk_is_not_taken_for_a_damaged_picture(folder: Path) -> None:
+    """Going on without the picture would make it another run; the user has to know."""
+    lazy = Photographs(folder, 32, memory_gb=1e-5)
+    for path in list(folder.rglob("*.*")):
+        path.unlink()
+    with pytest.raises(FileNotFoundError):
+        first_crops(lazy)
+
+
+def test_caches_of_encoded_crops_know_their_pictures_by_name_and_shape(folder: Path) -> None:
+    """The form of the list is part of the caches on disk: changing it encodes everything anew."""
+    expected = [["p 1.jpg", [33, 37, 3]], ["p 3.png", [50, 50, 3]], ["p 0.jpg", [40, 64, 3]]]
+    listing = json.loads(json.dumps(Photographs(folder, 32).listing))
+    assert listing[:3] == expected
+    assert ["p 2.jpg", [48, 64, 3]] in listing
+
+
 def test_prepare_says_what_it_left_out_and_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     root = tmp_path / "mixed"
