@@ -66,6 +66,31 @@ def spaced_timesteps(steps: int, spacing: Spacing = "leading") -> Tensor:
     return torch.tensor([int(timestep) for timestep in chosen], dtype=torch.int64)
 
 
+def last_timesteps(steps: int, denoise: float, spacing: Spacing = "leading") -> Tensor:
+    """Choose timesteps for a run that starts part of the way, from x_lr noised to the first of them.
+
+    They are the last `steps` of floor(steps / denoise) spaced ones, so that denoise 0.5 starts half way at the same
+    distance between the steps, as in the host's KSampler.
+
+    Args:
+        steps: 1 or more.
+        denoise: (0, 1]; 1 gives `spaced_timesteps(steps)`.
+        spacing: as in `spaced_timesteps`.
+
+    Returns:
+        (steps,) int64, strictly falling, in 0..999.
+    """
+    if not 0.0 < denoise <= 1.0:
+        raise ValueError(f"denoise is {denoise}; it must be above 0 and at most 1")
+    total = math.floor(steps / denoise)
+    if total > NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"{steps} steps at denoise {denoise} are taken from {total} steps, and there are at most "
+            f"{NUM_TRAIN_TIMESTEPS}: fewer steps, or more denoise"
+        )
+    return spaced_timesteps(total, spacing)[-steps:]
+
+
 def add_noise(x0: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
     """Noise a latent to a timestep: sqrt(abar_t) x0 + sqrt(1 - abar_t) noise.
 

@@ -47,7 +47,7 @@ def parse_level_weights(text: str, skips: int = 12) -> tuple[float, ...]:
 def decoder_prompt(
     bundle: ClearSRBundle, clip_vision: HostObject, entry: dict | None
 ) -> tuple[Tensor | None, str | None]:
-    """Choose the image prompt p (METHOD 3.4).
+    """Choose the image prompt p (decision 0005).
 
     Returns:
         (B, n, context width) or None for the empty prompt, and a sentence for the user where that is a fallback.

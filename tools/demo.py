@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--image", type=Path, help="photograph to use instead of the sample")
     parser.add_argument("--size", type=int, default=160, help="long side of the small input, in pixels (default 160)")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the pictures (default out)")
-    parser.add_argument("--thumbnail", action="store_true", help="also make the workflow's picture anew")
+    parser.add_argument("--publish", action="store_true", help="also make the pictures of README and workflow anew")
     options = parser.parse_args(arguments)
     if options.image is not None and not options.image.is_file():
         raise ToolError(f"--image={options.image}: no such file")
@@ -99,8 +99,9 @@ def main(arguments: list[str]) -> int:
         server.client.download(picture, result)
     upscaled, pair = out / "upscaled.png", out / "side_by_side.png"
     _pictures(host.python, "side_by_side", small, result, upscaled, pair)
-    if options.thumbnail:
+    if options.publish:
         _pictures(host.python, "thumbnail", upscaled, result, ROOT / "workflows" / "clearsr_x4.jpg")
+        _pictures(host.python, "compress", pair, ROOT / "docs" / "images" / "before_after.jpg")
 
     say(f"preparing {prepared - started:.0f} s, starting {ready - prepared:.0f} s, upscaling {run.seconds:.1f} s")
     for name, path in (("input", small), ("result", result), ("bicubic", upscaled), ("side by side", pair)):

@@ -2,6 +2,8 @@
 
 python tools/pictures.py shrink PHOTOGRAPH TARGET LONG_SIDE
 python tools/pictures.py side_by_side INPUT RESULT UPSCALED_TARGET PAIR_TARGET
+python tools/pictures.py thumbnail UPSCALED RESULT TARGET
+python tools/pictures.py compress PICTURE TARGET
 """
 
 from __future__ import annotations
@@ -54,11 +56,18 @@ def thumbnail(upscaled: Path, result: Path, target: Path) -> None:
     ImageOps.fit(after, (_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS).save(target, quality=88)
 
 
+def compress(picture: Path, target: Path) -> None:
+    """Save a picture as JPEG, for documents."""
+    Image.open(picture).convert("RGB").save(target, quality=92)
+
+
 if __name__ == "__main__":
     action, *arguments = sys.argv[1:]
     if action == "shrink":
         shrink(Path(arguments[0]), Path(arguments[1]), int(arguments[2]))
     elif action == "side_by_side":
         side_by_side(*map(Path, arguments))
+    elif action == "compress":
+        compress(*map(Path, arguments))
     else:
         thumbnail(*map(Path, arguments))

@@ -25,8 +25,11 @@ Setting = tuple[float, float]  # alpha, beta
 
 
 def settings_of(alphas: list[float], betas: list[float]) -> list[Setting]:
-    """Return the cross of both sweeps: each alpha without beta, each beta without alpha; off first."""
-    sweeps = [(0.0, 0.0), *((alpha, 0.0) for alpha in alphas), *((0.0, beta) for beta in betas)]
+    """Return the cross of both sweeps: each alpha without beta, each beta without alpha; off first.
+
+    The betas come before the alphas: LSA KSampler repeats only the last steps when nothing but beta changes.
+    """
+    sweeps = [(0.0, 0.0), *((0.0, beta) for beta in betas), *((alpha, 0.0) for alpha in alphas)]
     return list(dict.fromkeys(sweeps))
 
 
@@ -61,8 +64,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=20, help="how many pairs, in the order of names (default 20)")
     parser.add_argument("--alpha", default="0,0.02,0.05", help="alphas to try with beta 0")
     parser.add_argument("--beta", default="0,0.02,0.05", help="betas to try with alpha 0")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--method", default="wavelet", help="method of ClearSR Color Fix in the workflow")
+    parser.add_argument("--steps", type=int, help="of LSA KSampler (default: the workflow's)")
+    parser.add_argument("--denoise", type=float, help="of LSA KSampler (default: the workflow's)")
+    parser.add_argument("--method", help="of ClearSR Color Fix (default: the workflow's)")
     parser.add_argument("--comfyui", default=hosts.NEWEST, choices=hosts.VERSIONS)
     parser.add_argument("--baselines", default="bicubic,realesrgan")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "quality")
@@ -78,9 +82,13 @@ def main(arguments: list[str]) -> int:
     prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     checkpoint = ROOT / "models" / only_node(prompt, "ClearSRLoader")[1]["checkpoint"]
     identity = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
-    out = options.out.resolve() / f"{identity}_{options.steps}_{options.method}_{options.comfyui}"
-    only_node(prompt, "ClearSRLSAKSampler")[1]["steps"] = options.steps
-    only_node(prompt, "ClearSRColorFix")[1]["method"] = options.method
+    sampler, colour_fix = (only_node(prompt, name)[1] for name in ("ClearSRLSAKSampler", "ClearSRColorFix"))
+    for inputs, name in ((sampler, "steps"), (sampler, "denoise"), (colour_fix, "method")):
+        if getattr(options, name) is not None:
+            inputs[name] = getattr(options, name)
+    out = options.out.resolve() / "_".join(
+        [identity, f"{sampler['steps']}x{sampler['denoise']:g}", colour_fix["method"], options.comfyui]
+    )
 
     python = environment.ensure("test")
     host = hosts.ensure(options.comfyui, python)

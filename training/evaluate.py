@@ -295,7 +295,7 @@ def main(arguments: list[str]) -> int:
     try:
         settings = config.build(EvaluationSettings, config.parse_overrides(arguments))
         if settings.efflite:
-            _prepare_efflite(settings.threads)
+            prepare_efflite(settings.threads)
         text = write_tables(settings.out, loop.plain(settings), evaluate(settings))
     except (ValueError, BaselineMissingError) as error:
         log.error("%s", error)
@@ -305,7 +305,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _prepare_efflite(threads: int) -> None:
+def prepare_efflite(threads: int = 0) -> None:
     """Load EffLite before anything slow, so that a missing package is told at once."""
     import torch
 

@@ -128,18 +128,20 @@ def run(stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> bo
     out = settings.out
     out.mkdir(parents=True, exist_ok=True)
     parameters = stage.trainable()
+    held = {name: value for name, value in stage.weights().items() if name not in parameters}
     names = {id(parameter): name for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, foreach=True
     )
     averaged = {name: value.detach().clone() for name, value in parameters.items()} if settings.ema else {}
     if settings.init != Path():
-        _start_from(settings.init, stage.weights(), averaged)
-    step = _resume(out, parameters, averaged, optimizer, identity)
+        _start_from(settings.init, {**parameters, **held}, averaged)
+    step = _resume(out, parameters, held, averaged, optimizer, identity)
     _forget_after(out / "stats.jsonl", step)
 
     def save() -> None:
         tensors = {f"model.{name}": value for name, value in parameters.items()}
+        tensors |= {f"held.{name}": value for name, value in held.items()}
         tensors |= {f"ema.{name}": value for name, value in averaged.items()}
         tensors |= snapshot.optimizer_tensors(optimizer, names)
         snapshot.write(out, snapshot.TrainingState(step, tensors, identity))
@@ -237,7 +239,10 @@ def _start_from(source: Path, weights: dict[str, torch.nn.Parameter], averaged: 
         if path is None:
             raise snapshot.SnapshotError(f"--init={source} holds no snapshot to start from.")
         state = snapshot.read(path).tensors
-        found = {name: state.get(f"ema.{name}", state.get(f"model.{name}")) for name in weights}
+        kinds = ("ema", "model", "held")
+        found = {
+            name: state[f"{kind}.{name}"] for kind in reversed(kinds) for name in weights if f"{kind}.{name}" in state
+        }
     with torch.no_grad():
         for name, parameter in weights.items():
             stored = found.get(name)
@@ -251,6 +256,7 @@ def _start_from(source: Path, weights: dict[str, torch.nn.Parameter], averaged: 
 def _resume(
     out: Path,
     parameters: dict[str, torch.nn.Parameter],
+    held: dict[str, torch.nn.Parameter],
     averaged: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     identity: dict[str, object],
@@ -264,6 +270,8 @@ def _resume(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.tensors[f"model.{name}"])
+        for name, parameter in held.items():
+            parameter.copy_(state.tensors[f"held.{name}"])
         for name, value in averaged.items():
             value.copy_(state.tensors[f"ema.{name}"])
     snapshot.restore_optimizer(optimizer, dict(parameters), state.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,24 @@ def read_rgb(file: Path | io.BytesIO) -> np.ndarray:
             background = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(background, picture)
         return np.asarray(picture.convert("RGB"))
+
+
+def read_pixels(path: Path) -> Tensor:
+    """Read a picture as (1, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255.0
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """Round (3, H, W) in [0, 1] to (H, W, 3) uint8."""
+    return np.ascontiguousarray((pixels * 255.0).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def write_png(image: np.ndarray, path: Path) -> None:
+    """Write (H, W, 3) uint8 whole or not at all, so that what a stopped run leaves can be kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    Image.fromarray(image).save(unfinished, "PNG")
+    os.replace(unfinished, path)
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
 from clearsr_core.lsa import LSAConfig, adjust
-from clearsr_core.schedule import Spacing, spaced_timesteps
+from clearsr_core.schedule import Spacing, last_timesteps
 
 from . import models
 from .clearsr_model import ClearSRModel
@@ -18,8 +20,11 @@ GRID = 64  # pixels; the deepest level of the UNet then has whole windows
 START_TIMESTEP = 999  # the LR start adds the noise of the last training step, whatever the first step of the schedule
 
 
-def sampling_schedule(steps: int, spacing: Spacing) -> DDPMScheduler:
-    """Return Stable Diffusion's schedule respaced to `steps` (leading: offset 1), variance fixed_small, no clipping."""
+def sampling_schedule(steps: int, spacing: Spacing, denoise: float = 1.0) -> DDPMScheduler:
+    """Return Stable Diffusion's schedule respaced to `steps` (leading: offset 1), variance fixed_small, no clipping.
+
+    `denoise` below 1 leaves the noisiest part of the schedule out; the distance between the steps stays.
+    """
     scheduler = DDPMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -31,7 +36,7 @@ def sampling_schedule(steps: int, spacing: Spacing) -> DDPMScheduler:
         steps_offset=1,
     )
     # diffusers' own choice, but for the ends of the range: one step, and a thousand with an offset (see schedule.py).
-    scheduler.set_timesteps(timesteps=spaced_timesteps(steps, spacing).tolist())
+    scheduler.set_timesteps(timesteps=last_timesteps(steps, denoise, spacing).tolist())
     return scheduler
 
 
@@ -60,6 +65,38 @@ def noise_sources(shape: torch.Size, seed: int) -> tuple[Tensor, torch.Generator
     return start_noise, torch.Generator().manual_seed(seed + 1)
 
 
+@dataclass(frozen=True)
+class EncodedLR:
+    """What sampling needs of a batch of LR pictures, and what is needed to cut its result to size."""
+
+    lr_latent: Tensor  # (B, 4, h, w) x_lr of the control, model units
+    anchor: Tensor  # x_lr of start and LSA, as lr_latent
+    prompt: Tensor  # (B, n, C) image prompt p
+    size: tuple[int, int]  # height and width of the result in pixels; the latent may cover more
+
+
+@torch.no_grad()
+def encode_lr(model: ClearSRModel, lr_images: Tensor, scale: int = 4) -> EncodedLR:
+    """Upscale (B, 3, h, w) pictures in [0, 1], pad them to the grid and encode them."""
+    size = (lr_images.shape[-2] * scale, lr_images.shape[-1] * scale)
+    upscaled = upscale_lr(lr_images, size)
+    padded = pad_to_grid(upscaled) * 2.0 - 1.0
+    lr_latent = model.lr_encoder(padded)
+    anchor = models.encode(model.vae, padded) if model.anchor == "plain" else lr_latent
+    return EncodedLR(lr_latent, anchor, model.image_prompt(upscaled), size)
+
+
+def bound_eps(model: ClearSRModel, encoded: EncodedLR) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return eps(x_t, timesteps) of one batch: x_lr and p bound into it."""
+    return lambda x_t, timesteps: model.eps(x_t, timesteps, encoded.lr_latent, encoded.prompt)
+
+
+def to_pixels(model: ClearSRModel, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """Decode (B, 4, h, w) in model units and cut it to (B, 3, *size) in [0, 1]."""
+    height, width = size
+    return (models.decode(model.vae, latents)[..., :height, :width] + 1.0) / 2.0
+
+
 @torch.no_grad()
 def restore(
     model: ClearSRModel,
@@ -68,6 +105,7 @@ def restore(
     *,
     scale: int = 4,
     steps: int = 50,
+    denoise: float = 1.0,
     lsa: LSAConfig | None = None,
 ) -> Tensor:
     """Upscale pictures from pixels to pixels.
@@ -78,27 +116,25 @@ def restore(
         seed: of all noise; the same seed gives the picture that the nodes give.
         scale: factor of the output size.
         steps: number of inference steps.
+        denoise: share of the way that is sampled, from x_lr; 1 is the paper's.
         lsa: strengths and phases; None = off.
 
     Returns:
         (B, 3, scale h, scale w) in [0, 1].
     """
-    height, width = lr_images.shape[-2] * scale, lr_images.shape[-1] * scale
-    upscaled = upscale_lr(lr_images, (height, width))
-    prompt = model.image_prompt(upscaled)
-    padded = pad_to_grid(upscaled) * 2.0 - 1.0
-    lr_latent = model.lr_encoder(padded)
-    start_noise, generator = noise_sources(lr_latent.shape, seed)
+    encoded = encode_lr(model, lr_images, scale)
+    start_noise, generator = noise_sources(encoded.lr_latent.shape, seed)
     x_0 = sample(
-        lambda x_t, t: model.eps(x_t, t, lr_latent, prompt),
-        lr_latent,
+        bound_eps(model, encoded),
+        encoded.lr_latent,
         start_noise,
         generator,
         steps=steps,
+        denoise=denoise,
         lsa=lsa,
-        anchor=models.encode(model.vae, padded) if model.anchor == "plain" else None,
+        anchor=encoded.anchor,
     )
-    return (models.decode(model.vae, x_0)[..., :height, :width] + 1.0) / 2.0
+    return to_pixels(model, x_0, encoded.size)
 
 
 @torch.no_grad()
@@ -110,6 +146,7 @@ def sample(
     *,
     steps: int = 50,
     spacing: Spacing = "leading",
+    denoise: float = 1.0,
     lsa: LSAConfig | None = None,
     anchor: Tensor | None = None,
     start_from_lr: bool = True,
@@ -123,6 +160,7 @@ def sample(
         generator: CPU generator of the noise of each step.
         steps: number of inference steps; 1 or more, need not divide 1000.
         spacing: "leading" (SeeSR's), "linspace" or "trailing".
+        denoise: (0, 1]; below 1 sampling starts part of the way, from x_lr noised to the first timestep.
         lsa: strengths and phases of Eqs. 3 and 4; None = off.
         anchor: x_lr of start and LSA, when it is not that of the control.
         start_from_lr: x_T = add_noise(x_lr, noise, 999) as SeeSR does; otherwise plain noise.
@@ -130,14 +168,62 @@ def sample(
     Returns:
         (B, 4, h, w) x_0 in model units.
     """
-    scheduler = sampling_schedule(steps, spacing)
+    scheduler = sampling_schedule(steps, spacing, denoise)
     anchor = lr_latent if anchor is None else anchor
     x_t = start_noise.to(lr_latent)
-    if start_from_lr:
-        x_t = scheduler.add_noise(anchor, x_t, torch.tensor([START_TIMESTEP]))
-    for step, timestep in enumerate(scheduler.timesteps):
+    if denoise < 1.0 or start_from_lr:
+        x_t = start_state(scheduler, anchor, x_t, denoise)
+    for output in trajectory(eps, scheduler, x_t, anchor, generator, lsa=lsa):
+        x_t = output.state
+    return x_t
+
+
+def start_state(scheduler: DDPMScheduler, anchor: Tensor, start_noise: Tensor, denoise: float = 1.0) -> Tensor:
+    """Return x_T, (B, 4, h, w): x_lr noised to t = 999 as SeeSR does, or to the first timestep of a partial run."""
+    timesteps = scheduler.timesteps[:1] if denoise < 1.0 else torch.tensor([START_TIMESTEP])
+    return scheduler.add_noise(anchor, start_noise.to(anchor), timesteps)  # type: ignore[arg-type]
+
+
+class StepOutput(NamedTuple):
+    """What one step of the sampler gives; both (B, 4, h, w) in model units, variance-preserving scale."""
+
+    step: int  # 0 is the first, noisiest one
+    state: Tensor  # x_{t-1}, moved by LSA
+    x0: Tensor  # the estimate of x_0 that the step was made with, before LSA
+
+
+@torch.no_grad()
+def trajectory(
+    eps: Callable[[Tensor, Tensor], Tensor],
+    scheduler: DDPMScheduler,
+    x_t: Tensor,
+    anchor: Tensor,
+    generator: torch.Generator,
+    *,
+    lsa: LSAConfig | None = None,
+    first: int = 0,
+    last: int | None = None,
+) -> Iterator[StepOutput]:
+    """Yield the output of the steps `first` to before `last`, Eq. 3 or 4 applied where the phase demands it.
+
+    A run that is cut and continued is the run that was not cut, bit for bit.
+
+    Args:
+        eps: as in `sample`.
+        scheduler: of `sampling_schedule`; it keeps nothing from step to step.
+        x_t: (B, 4, h, w) the state before step `first`.
+        anchor: (B, 4, h, w) x_lr of LSA, model units.
+        generator: CPU generator of the step noise, at the place where step `first` finds it.
+        lsa: strengths and phases; None = off.
+        first: step to begin with, 0 .. steps - 1.
+        last: step to stop before; None = to the end.
+    """
+    steps = len(scheduler.timesteps)
+    for step in range(first, steps if last is None else last):
+        timestep = scheduler.timesteps[step]
         predicted = eps(x_t, timestep.expand(x_t.shape[0]).to(x_t.device))
-        x_t = scheduler.step(predicted, timestep, x_t, generator=generator).prev_sample
+        output = scheduler.step(predicted, timestep, x_t, generator=generator)  # type: ignore[arg-type]
+        x_t = output.prev_sample
         if lsa is not None:
             x_t = adjust(x_t, anchor, step, steps, lsa)
-    return x_t
+        yield StepOutput(step, x_t, output.pred_original_sample)

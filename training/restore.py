@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from clearsr_core.checkpoint import CheckpointError
@@ -18,7 +16,7 @@ from clearsr_core.lsa import LSAConfig
 
 from . import config
 from .clearsr_model import ClearSRModel
-from .photographs import SUFFIXES, read_rgb
+from .photographs import SUFFIXES, read_pixels, to_bytes, write_png
 from .pipeline import restore
 
 log = logging.getLogger("clearsr.training")
@@ -35,6 +33,7 @@ class RestoreSettings:
     scale: int = 4
     steps: int = 50
     seed: int = 0
+    denoise: float = 1.0  # below 1: start part of the way, from x_lr
     ela_strength: float = 0.0  # the paper's alpha
     lla_strength: float = 0.0  # the paper's beta
     ela_end: float = 0.3  # share of the steps in which alpha acts
@@ -63,10 +62,16 @@ def run(settings: RestoreSettings) -> None:
         target = settings.out / f"{path.stem}.png"
         if target.exists():
             continue
-        pixels = torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255.0
-        restored = restore(model, pixels, settings.seed, scale=settings.scale, steps=settings.steps, lsa=lsa)
-        result = (restored[0] * 255.0).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(np.ascontiguousarray(result)).save(target)
+        restored = restore(
+            model,
+            read_pixels(path),
+            settings.seed,
+            scale=settings.scale,
+            steps=settings.steps,
+            denoise=settings.denoise,
+            lsa=lsa,
+        )
+        write_png(to_bytes(restored[0]), target)
 
 
 def main(arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ from clearsr_core.schedule import (
     add_noise,
     alphas_cumprod,
     ddpm_step,
+    last_timesteps,
     lr_start,
     sigmas,
     spaced_timesteps,
@@ -55,6 +56,28 @@ def test_any_number_of_steps_gives_that_many_falling_timesteps(steps, spacing):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_one_step_starts_from_pure_noise(spacing):
     assert spaced_timesteps(1, spacing).tolist() == [999]
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps=st.integers(1, 200), denoise=st.floats(0.2, 1.0), spacing=st.sampled_from(SPACINGS))
+def test_part_of_the_way_keeps_the_distance_between_steps(steps, denoise, spacing):
+    timesteps = last_timesteps(steps, denoise, spacing)
+    whole = spaced_timesteps(int(steps / denoise), spacing)
+    assert timesteps.tolist() == whole.tolist()[-steps:]
+    assert len(timesteps) == steps
+
+
+def test_half_of_the_way_as_printed():
+    assert last_timesteps(5, 0.5).tolist() == [401, 301, 201, 101, 1]
+    assert last_timesteps(50, 1.0).tolist() == spaced_timesteps(50).tolist()
+
+
+@pytest.mark.parametrize(
+    ("steps", "denoise", "message"), [(5, 0.0, "denoise is 0.0"), (5, 1.2, "1.2"), (600, 0.5, "1200")]
+)
+def test_impossible_ways_are_refused(steps, denoise, message):
+    with pytest.raises(ValueError, match=message):
+        last_timesteps(steps, denoise)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])

@@ -1,6 +1,6 @@
 """Runs the diffusers reference pipeline in its own process: checkpoint, picture, seed, steps -> latents and result.
 
-Usage: python reference.py ROOT CHECKPOINT INPUT.safetensors OUTPUT.safetensors SEED STEPS ELA LLA
+Usage: python reference.py ROOT CHECKPOINT INPUT.safetensors OUTPUT.safetensors SEED STEPS ELA LLA DENOISE
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from training.clearsr_model import ClearSRModel
 from training.pipeline import noise_sources, pad_to_grid, sample, upscale_lr
 
 checkpoint, source, target = sys.argv[2:5]
-seed, steps, ela_strength, lla_strength = int(sys.argv[5]), int(sys.argv[6]), float(sys.argv[7]), float(sys.argv[8])
+seed, steps = int(sys.argv[5]), int(sys.argv[6])
+ela_strength, lla_strength, denoise = map(float, sys.argv[7:10])
 with torch.inference_mode():
     model = ClearSRModel.from_checkpoint(checkpoint)  # type: ignore[arg-type]
     images = load_file(source)["image"].movedim(-1, 1)
@@ -32,6 +33,7 @@ with torch.inference_mode():
         noise,
         generator,
         steps=steps,
+        denoise=denoise,
         lsa=LSAConfig(ela_strength, lla_strength),
     )
     results = {"lr_latent": lr_latent, "x_0": x_0, "image": models.decode(model.vae, x_0)}

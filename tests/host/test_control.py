@@ -43,7 +43,7 @@ def forwards(loaded):
 
 
 def test_untrained_control_changes_no_bit(silent, lr) -> None:
-    """Zero-initialised output convolutions and LoRA: the patched UNet is the plain one (METHOD 4)."""
+    """Zero-initialised output convolutions and LoRA: the patched UNet is the plain one."""
     text = rig.run("ClearSREmptyPrompt", clearsr=silent["clearsr"])
     plain, _, _ = rig.run("ClearSRLoader", checkpoint=silent["name"], lora_strength=0.0)
     controlled = apply(silent, lr["latent"])
@@ -137,7 +137,7 @@ def test_control_reuse(tiny, lr, text, every, expected) -> None:
 
 @pytest.mark.parametrize("control_input", ["lr", "lr+xt"])
 def test_fixed_time_is_computed_once_and_exactly(lr, text, control_input, monkeypatch) -> None:
-    """`control_time` "fixed": one control per picture equals one per step, bit for bit (METHOD 4)."""
+    """`control_time` "fixed": one control per picture equals one per step, bit for bit."""
     config = rig.tiny_config(control_time="fixed", control_input=control_input)
     name = rig.write(f"fixed_{len(control_input)}.safetensors", rig.tiny_checkpoint(config))
     model, _, clearsr = rig.run("ClearSRLoader", checkpoint=name)

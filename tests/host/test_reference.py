@@ -29,15 +29,19 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(("steps", "ela", "lla"), [(50, 0.0, 0.0), (50, 0.02, 0.03), (7, 0.05, 0.05)])
+@pytest.mark.parametrize(
+    ("steps", "ela", "lla", "denoise"),
+    [(50, 0.0, 0.0, 1.0), (50, 0.02, 0.03, 1.0), (7, 0.05, 0.05, 1.0), (7, 0.05, 0.05, 0.4)],
+)
 def test_host_sampling_equals_the_reference_pipeline(
-    tiny: dict[str, Any], tmp_path: Path, steps: int, ela: float, lla: float
+    tiny: dict[str, Any], tmp_path: Path, steps: int, ela: float, lla: float, denoise: float
 ) -> None:
-    """METHOD section 4, last line: same weights, same noise, same steps; 1e-3 relative on the final latent."""
+    """Same weights, same noise, same steps; 1e-3 relative on the final latent."""
     image = rig.images(1, 24, 20)
-    expected = reference(tmp_path, tiny["name"], image, 11, steps, ela, lla)
+    expected = reference(tmp_path, tiny["name"], image, 11, steps, ela, lla, denoise)
     latent, _ = rig.run("ClearSRLREncode", clearsr=tiny["clearsr"], image=image, scale=4.0)
     assert relative(latent["samples"] * SCALE, expected["lr_latent"]) < 1e-4
     model = rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=latent)
-    sampled = rig.run("ClearSRLSAKSampler", model=model, lr_latent=latent, seed=11, steps=steps, alpha=ela, beta=lla)
+    settings = {"seed": 11, "steps": steps, "alpha": ela, "beta": lla, "denoise": denoise}
+    sampled = rig.run("ClearSRLSAKSampler", model=model, lr_latent=latent, **settings)
     assert relative(sampled["samples"] * SCALE, expected["x_0"]) < 1e-3

@@ -33,8 +33,8 @@ def sample(model, lr, **settings):
     return rig.run("ClearSRLSAKSampler", model=model, lr_latent=lr["latent"], **values)["samples"]
 
 
-def reference_loop(loaded, lr, steps, lsa, spacing="leading", seed=3, from_lr=True):
-    """Spaced DDPM with LSA in the variance-preserving scale, written with clearsr_core alone (METHOD 3.6, 3.7)."""
+def reference_loop(loaded, lr, steps, lsa, spacing="leading", seed=3, from_lr=True, denoise=1.0):
+    """Spaced DDPM with LSA in the variance-preserving scale, written with clearsr_core alone (decisions 0007, 0008)."""
     comfy.model_management.load_models_gpu([loaded["model"]])
     base = loaded["model"].model
     context = loaded["clearsr"].null_text[None]
@@ -42,7 +42,9 @@ def reference_loop(loaded, lr, steps, lsa, spacing="leading", seed=3, from_lr=Tr
     noise = torch.randn(x_lr.shape, generator=torch.Generator().manual_seed(seed))
     step_noise = torch.Generator().manual_seed(seed + 1)
     x_t = schedule.lr_start(x_lr, noise) if from_lr else noise
-    timesteps = schedule.spaced_timesteps(steps, spacing).tolist()
+    timesteps = schedule.last_timesteps(steps, denoise, spacing).tolist()
+    if denoise < 1.0:
+        x_t = schedule.add_noise(x_lr, noise, timesteps[0])
     for step, (now, after) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
         eps = base.diffusion_model(x_t, torch.tensor([float(now)]), context=context)
         drawn = torch.randn(x_lr.shape, generator=step_noise) if after >= 0 else None
@@ -85,6 +87,22 @@ def test_over_the_phase_and_start_from_noise_equal_a_plain_loop(tiny, lr) -> Non
         tiny["model"], lr, steps=6, alpha=0.02, beta=0.02, strength_rule="over the phase", start_from_lr=False
     )
     close(actual, expected)
+
+
+@pytest.mark.parametrize("denoise", [0.5, 0.3])
+def test_denoise_starts_part_of_the_way_from_the_lr_latent(tiny, lr, denoise) -> None:
+    """Whatever start_from_lr says: without the noisiest steps nothing but x_lr tells what the picture is."""
+    lsa = lsa_module.LSAConfig(ela_strength=0.05, lla_strength=0.05)
+    expected = reference_loop(tiny, lr, 4, lsa, denoise=denoise)
+    settings = {"steps": 4, "alpha": 0.05, "beta": 0.05, "denoise": denoise}
+    close(sample(tiny["model"], lr, **settings), expected)
+    late_state._last.clear()
+    close(sample(tiny["model"], lr, **settings, start_from_lr=False), expected)
+
+
+def test_denoise_takes_at_most_a_thousand_steps(tiny, lr) -> None:
+    with pytest.raises(ValueError, match=r"LSA KSampler: 300 steps at denoise 0\.1 are taken from 3000 steps"):
+        sample(tiny["model"], lr, steps=300, denoise=0.1)
 
 
 def test_lr_start_is_the_cores() -> None:
@@ -131,6 +149,25 @@ def test_off_equals_the_stock_ksampler(controlled, lr, text, sampler_name) -> No
     )["samples"]
     ours = sample(controlled, lr, sampler_name=sampler_name, scheduler="normal", start_from_lr=False)
     assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("sampler_name", ["euler", "dpmpp_2m"])
+def test_off_below_full_denoise_equals_the_stock_ksampler(controlled, lr, text, sampler_name) -> None:
+    """alpha = beta = 0 at denoise 0.6 is KSampler on x_lr, bit for bit."""
+    stock = rig.run(
+        "KSampler",
+        model=controlled,
+        seed=3,
+        steps=4,
+        cfg=1.0,
+        sampler_name=sampler_name,
+        scheduler="normal",
+        positive=text,
+        negative=text,
+        latent_image=lr["latent"],
+        denoise=0.6,
+    )["samples"]
+    assert torch.equal(sample(controlled, lr, sampler_name=sampler_name, scheduler="normal", denoise=0.6), stock)
 
 
 def test_off_equals_the_hosts_ddpm(controlled, lr, text) -> None:

@@ -18,26 +18,6 @@ from training.photographs import Photographs, read_rgb
 from training.pipeline import noise_sources, pad_to_grid, sample
 from training.pipeline import restore as restore_picture
 
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run all three stages for a few steps on two synthetic photographs."""
-    root = tmp_path_factory.mktemp("chain")
-    photographs = root / "photographs"
-    photographs.mkdir()
-    generator = np.random.default_rng(0)
-    for index in range(2):
-        coarse = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((96, 80), Image.Resampling.BICUBIC).save(photographs / f"{index}.png")
-    shared = [f"--data={photographs}", "--steps=2", "--threads=1", "--crop=64", "--batch=2", "--validate_every=0"]
-    assert train.main(["--preset=nano_autoencoder", *shared, "--widths=32,32,32,32", f"--out={root}/autoencoder"]) == 0
-    cache = f"--cache={root}/latents.safetensors"
-    base = ["--widths=32,32,64,64", "--context_dim=16", f"--vae={root}/autoencoder/vae", f"--out={root}/base"]
-    assert train.main(["--preset=nano_base", *shared, cache, "--crops=4", *base]) == 0
-    assert train.main(["--preset=nano", *shared, cache, "--crops=4", f"--base={root}/base", f"--out={root}/nano"]) == 0
-    return root
-
-
 VARIANTS = {
     "prompt": ["--prompt_mode=patch", "--anchor=plain"],
     "input": ["--control_input=lr+xt", "--prompt_mode=null"],
@@ -50,7 +30,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_option_of_the_method_trains_and_runs(chain: Path, tmp_path: Path, variant: str) -> None:
-    """What METHOD leaves open is a setting: it trains, is written to the file, and runs from there."""
+    """What the paper leaves open is a setting: it trains, is written to the file, and runs from there."""
     command = ["--preset=nano", f"--data={chain}/photographs", "--steps=1", "--threads=1", "--crop=64", "--batch=1"]
     command += [f"--base={chain}/base", f"--cache={chain}/latents.safetensors", "--crops=4", "--validate_every=0"]
     assert train.main([*command, *VARIANTS[variant], f"--out={tmp_path}"]) == 0
@@ -140,6 +120,10 @@ def test_decoder_learns_alone_and_latents_stay(chain: Path, tmp_path: Path) -> N
     after = models.AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
     moved = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {"decoder", "post_quant_conv"}
+    # The run is whole: it can be gone on with, by itself and in a run of other settings.
+    assert train.main([*command, "--steps=3", "--ema=0"]) == 0
+    again = [argument for argument in command if not argument.startswith(("--init", "--out"))]
+    assert train.main([*again, f"--init={tmp_path}", f"--out={tmp_path}/again", "--steps=1"]) == 0
 
 
 def test_a_base_is_trained_further_from_a_file(chain: Path, tmp_path: Path) -> None:
@@ -169,7 +153,7 @@ def test_trainable_parts_are_the_papers(chain: Path) -> None:
 
 
 def test_no_graph_grows_through_the_frozen_encoder(chain: Path) -> None:
-    """Residuals enter only the decoder, so that the UNet's down and middle blocks need no graph (METHOD 3.8)."""
+    """Residuals enter only the decoder, so that the UNet's down and middle blocks need no graph (decision 0010)."""
     model = ClearSRModel(models.BaseModel.load(chain / "base"), _config(chain), 16, "pooled", 0)
     seen: dict[str, bool] = {}
     for name in ("down_blocks.3", "mid_block", "up_blocks.0"):
