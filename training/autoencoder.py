@@ -10,24 +10,24 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from .batches import Ahead, DataSettings
 from .linear_start import fit_ends, start_linear
-from .loop import LoopSettings
 from .models import LATENT_SCALE, build_autoencoder
 from .perceptual import EffLite
 from .photographs import Photographs
 
 
 @dataclass(frozen=True)
-class AutoencoderSettings(LoopSettings):
-    """Settings of the autoencoder stage; `data` is a folder of photographs."""
+class AutoencoderSettings(DataSettings):
+    """Settings of the autoencoder stage."""
 
-    data: Path = Path("data")
     widths: tuple[int, ...] = (32, 32, 64, 128)  # channels per level, finest first
     norm_groups: int = 8  # of every group norm; a group of one or two channels loses the colours
     blocks: int = 1  # residual blocks per encoder level (the decoder has one more)
     batch: int = 4
     crop: int = 96  # pixels, a multiple of 8
     freeze_encoder: bool = False  # the decoder alone learns: latents, and all that was trained on them, stay valid
+    workers: int = 0  # threads that cut the crops of later steps
     candidates: int = 3  # crops drawn for each one used; the most detailed is taken
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
@@ -44,9 +44,10 @@ class AutoencoderStage:
             self.model = build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
             start_linear(self.model)
         self.perceptual = EffLite().to(settings.device)
-        self.photographs = Photographs(settings.data, smallest=settings.crop)
+        self.photographs = settings.photographs(settings.crop)
         fit_ends(self.model, self.photographs.crops(32, settings.crop, torch.Generator().manual_seed(settings.seed)))
         self.model.to(settings.device)
+        self.batches = Ahead(self.batch, settings.seed, settings.steps, settings.workers)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         decoder = ("decoder.", "post_quant_conv.")
@@ -56,14 +57,20 @@ class AutoencoderStage:
     def weights(self) -> dict[str, torch.nn.Parameter]:
         return dict(self.model.named_parameters())
 
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the crops of a step, (B, 3, crop, crop) in [-1, 1], and the noise of their latents, (B, 4, h, w)."""
+        settings = self.settings
+        images = self.photographs.crops(
+            settings.batch, settings.crop, generator, settings.candidates, first=step * settings.batch
+        )
+        side = settings.crop // 8
+        return images, torch.randn((settings.batch, 4, side, side), generator=generator)
+
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        images = self.photographs.crops(settings.batch, settings.crop, generator, settings.candidates).to(
-            settings.device
-        )
+        images, noise = (tensor.to(settings.device) for tensor in self.batches.get(step, generator))
         with torch.set_grad_enabled(not settings.freeze_encoder):
             posterior = self.model.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(images)
         restored = self.model.decode(posterior.mean + posterior.std * noise).sample
         l1 = (restored - images).abs().mean()
         perceptual = self.perceptual.distance(restored, images).mean()
@@ -76,7 +83,7 @@ class AutoencoderStage:
         return loss, {name: float(value.detach()) for name, value in figures.items()}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        size = min(256, *(min(image.shape[:2]) for image in self.photographs.images)) // 8 * 8
+        size = min(256, *(min(size) for size in self.photographs.sizes)) // 8 * 8
         images = self.photographs.crops(4, size, torch.Generator().manual_seed(1), candidates=4).to(
             self.settings.device
         )

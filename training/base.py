@@ -11,16 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from . import models
+from .batches import DataSettings
 from .latents import FixedCrops
-from .loop import LoopSettings
-from .photographs import Photographs
 
 
 @dataclass(frozen=True)
-class BaseSettings(LoopSettings):
+class BaseSettings(DataSettings):
     """Settings of the base stage; `vae` is the folder that the autoencoder stage wrote."""
 
-    data: Path = Path("data")
     vae: Path = Path("runs/nano_autoencoder/vae")
     cache: Path = Path("runs/latents.safetensors")  # encoded crops, shared with the ClearSR stage
     widths: tuple[int, ...] = (64, 64, 128, 128)  # multiples of the first; Stable Diffusion 2.1: 320, 640, 1280, 1280
@@ -55,7 +53,7 @@ class BaseStage:
             self.null_text = torch.nn.Parameter(torch.randn(1, settings.context_dim))
         self.unet.to(settings.device)
         self.null_text.data = self.null_text.data.to(settings.device)
-        photographs = Photographs(settings.data, smallest=settings.crop)
+        photographs = settings.photographs(settings.crop)
         self.crops = FixedCrops(
             photographs, self.vae, settings.crop, settings.crops, settings.seed, settings.cache, settings.device
         )
@@ -68,7 +66,7 @@ class BaseStage:
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        latents = self.crops.latents[self.crops.draw(settings.batch, generator)]
+        latents = self.crops.latents[self.crops.draw(step, settings.batch, generator)]
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (settings.batch,), generator=generator)
         x_t = self.schedule.add_noise(latents, noise, timesteps).to(settings.device)

@@ -15,19 +15,18 @@ from clearsr_core.config import ControlConfig
 
 from . import degradation, models
 from .base import noise_schedule
+from .batches import Ahead, DataSettings
 from .clearsr_model import ClearSRModel
 from .export import export, latent_rgb
 from .latents import FixedCrops, FixedPairs
-from .loop import LoopSettings, generator_for, plain
-from .photographs import Photographs
+from .loop import generator_for, plain
 from .pipeline import sample, upscale_lr
 
 
 @dataclass(frozen=True)
-class ClearSRSettings(LoopSettings):
+class ClearSRSettings(DataSettings):
     """Settings of the ClearSR stage; names that the paper gives carry its values as defaults."""
 
-    data: Path = Path("data")
     base: Path = Path("runs/nano_base")  # folder of the frozen base model
     cache: Path = Path("runs/latents.safetensors")  # encoded crops
     batch: int = 8
@@ -38,6 +37,8 @@ class ClearSRSettings(LoopSettings):
     rank: int = 16  # of both LoRAs
     prompt_dropout: float = 0.1  # share of batches that see the empty prompt instead of p
     degradation: Literal["paper", "light"] = "paper"
+    usm: bool = False  # sharpen every crop by unsharp masking before it is encoded and degraded
+    workers: int = 0  # threads that degrade the crops of later steps
     control_input: Literal["lr", "lr+xt"] = "lr"
     control_time: Literal["t", "fixed"] = "t"
     use_dpm: bool = True
@@ -70,6 +71,17 @@ def control_config(settings: ClearSRSettings, base: models.BaseModel) -> Control
     )
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Everything random of one step."""
+
+    indices: Tensor  # (B,) crop numbers
+    noise: Tensor  # (B, 4, h, w)
+    timesteps: Tensor  # (B,) 0 .. 999
+    keep_prompt: bool  # else the whole batch sees the empty prompt
+    lr_images: Tensor | None  # (B, 3, crop, crop) in [0, 1]; None where the pairs are fixed
+
+
 class ClearSRStage:
     """Eq. 1 on pairs of crops and their Real-ESRGAN degradations."""
 
@@ -78,15 +90,23 @@ class ClearSRStage:
         base = models.BaseModel.load(settings.base)
         self.schedule = noise_schedule()
         self.degradation = degradation.PRESETS[settings.degradation]
-        photographs = Photographs(settings.data, smallest=settings.crop)
+        photographs = settings.photographs(settings.crop)
         base.vae.to(settings.device)
         self.crops = FixedCrops(
-            photographs, base.vae, settings.crop, settings.crops, settings.seed, settings.cache, settings.device
+            photographs,
+            base.vae,
+            settings.crop,
+            settings.crops,
+            settings.seed,
+            settings.cache,
+            settings.device,
+            settings.usm,
         )
         self.model = ClearSRModel(
             base, control_config(settings, base), settings.rank, settings.prompt_mode, settings.seed
         )
         self.model.to(settings.device)
+        self.batches = Ahead(self.batch, settings.seed, settings.steps, settings.workers)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         reads_pixels = ("vae_lora.", "image_encoder.")
@@ -108,32 +128,38 @@ class ClearSRStage:
         lr_images = torch.stack([degradation.degrade(image, generator, self.degradation) for image in hq_images])
         return upscale_lr(lr_images, (self.settings.crop, self.settings.crop))
 
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        """Draw everything random of one step, and degrade its crops unless their partners are fixed."""
+        indices = self.crops.draw(step, self.settings.batch, generator)
+        noise = torch.randn(self.crops.latents[indices].shape, generator=generator)
+        timesteps = torch.randint(1000, (len(indices),), generator=generator)
+        keep = float(torch.rand((), generator=generator)) >= self.settings.prompt_dropout
+        lr_images = None if self.settings.freeze_encoders else self.pairs(indices, generator)
+        return Batch(indices, noise, timesteps, keep, lr_images)
+
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Return Eq. 1 for one batch."""
         device = self.settings.device
-        indices = self.crops.draw(self.settings.batch, generator)
-        latents = self.crops.latents[indices]
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(1000, (len(indices),), generator=generator)
-        x_t = self.schedule.add_noise(latents, noise, timesteps).to(device)
+        batch = self.batches.get(step, generator)
+        indices, noise, timesteps = batch.indices, batch.noise, batch.timesteps
+        x_t = self.schedule.add_noise(self.crops.latents[indices], noise, timesteps).to(device)
 
-        # p is dropped now and then, so that the empty prompt stays meaningful (guidance, missing image encoder). The
-        # whole batch at once: p and the empty prompt need not have the same number of tokens.
-        keep = float(torch.rand((), generator=generator)) >= self.settings.prompt_dropout
         figures = {}
-        if self.settings.freeze_encoders:
+        if batch.lr_images is None:
             lr_latent, prompt = (
                 self.fixed_pairs.latents[indices].to(device),
                 self.fixed_pairs.prompts[indices].to(device),
             )
         else:
-            lr_images = self.pairs(indices, generator).to(device)
+            lr_images = batch.lr_images.to(device)
             lr_latent, prompt = self.model.lr_encoder(lr_images * 2.0 - 1.0), self.model.image_prompt(lr_images)
             if step % 50 == 0:
                 # Nothing in Eq. 1 keeps E' near E, and the decoder only knows E: watch the distance.
                 plain = models.encode(self.model.vae, lr_images * 2.0 - 1.0)
                 figures["encoder_drift"] = float((lr_latent.detach() - plain).square().mean().sqrt())
-        if not keep:
+        # p is dropped now and then, so that the empty prompt stays meaningful (guidance, missing image encoder). The
+        # whole batch at once: p and the empty prompt need not have the same number of tokens.
+        if not batch.keep_prompt:
             prompt = self.model.null_text.expand(len(indices), -1, -1)
         eps = self.model.eps(x_t, timesteps.to(device), lr_latent, prompt)
         return torch.nn.functional.mse_loss(eps, noise.to(device)), figures
@@ -173,7 +199,7 @@ class ClearSRStage:
             anchor=self.settings.anchor,
             training={
                 "settings": plain(self.settings),
-                "photographs": len(self.crops.photographs.images),
+                "photographs": len(self.crops.photographs),
                 "megapixels": round(self.crops.photographs.megapixels),
                 "metrics": {"validation": self.validate(self.settings.steps, folder)},
             },

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from . import models
 from .clearsr_model import ClearSRModel
-from .loop import generator_for
+from .degradation import sharpen
 from .photographs import Photographs
+from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
 
@@ -63,14 +64,24 @@ class FixedCrops:
         count: how many crops there are.
         seed: decides which.
         cache: file to keep the latents in; made anew when it belongs to another set or another autoencoder.
+        usm: sharpen every crop before anything is made of it.
     """
 
     def __init__(
-        self, photographs: Photographs, vae: AutoencoderKL, size: int, count: int, seed: int, cache: Path, device: str
+        self,
+        photographs: Photographs,
+        vae: AutoencoderKL,
+        size: int,
+        count: int,
+        seed: int,
+        cache: Path,
+        device: str,
+        usm: bool = False,
     ) -> None:
-        self.photographs, self.size, self.count, self.seed = photographs, size, count, seed
-        pictures = [(path.name, image.shape) for path, image in photographs]
-        self.listing = hashlib.sha256(json.dumps([pictures, size, count, seed]).encode()).hexdigest()
+        self.photographs, self.size, self.count, self.seed, self.usm = photographs, size, count, seed, usm
+        options = [photographs.order] * (photographs.order != "area") + ["usm"] * usm
+        identity = json.dumps([photographs.listing, size, count, seed, *options])
+        self.listing = hashlib.sha256(identity.encode()).hexdigest()
 
         def encode(indices: Tensor) -> dict[str, Tensor]:
             return {"latents": models.encode(vae, self.images(indices).to(device))}
@@ -80,14 +91,17 @@ class FixedCrops:
 
     def image(self, index: int) -> Tensor:
         """Return crop `index` as (3, size, size) in [-1, 1]."""
-        return self.photographs.crop(self.size, generator_for(self.seed + 1, index), candidates=2)
+        crop = self.photographs.crop(self.size, generator_for(self.seed + 1, index), candidates=2, number=index)
+        return sharpen((crop + 1.0) / 2.0) * 2.0 - 1.0 if self.usm else crop
 
     def images(self, indices: Tensor) -> Tensor:
         """Return crops as (B, 3, size, size) in [-1, 1]."""
         return torch.stack([self.image(int(index)) for index in indices])
 
-    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Return `batch` crop numbers."""
+    def draw(self, step: int, batch: int, generator: torch.Generator) -> Tensor:
+        """Return the `batch` crop numbers of a step: random, or in the chunked order the next ones, round and round."""
+        if self.photographs.order == "chunked":
+            return torch.arange(step * batch, (step + 1) * batch) % self.count
         return torch.randint(self.count, (batch,), generator=generator)
 
 

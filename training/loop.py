@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import snapshot
 from .clearsr_model import weights_in
+from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
 
@@ -69,11 +70,6 @@ class Stage(Protocol):
         ...
 
 
-def generator_for(seed: int, step: int) -> torch.Generator:
-    """Return the CPU generator of one step: the same (seed, step) gives the same numbers, resumed or not."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step * 7_919 + 17) % (2**63))
-
-
 def learning_rate_at(step: int, settings: LoopSettings) -> float:
     """Return the learning rate of `step` (counted from 0): linear warm-up, then constant or linear to zero."""
     rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
@@ -99,7 +95,7 @@ def _stop_requests() -> Iterator[list[int]]:
 
 def _check_same_run(stored: dict[str, object], current: dict[str, object], folder: Path) -> None:
     """Refuse to continue a snapshot of other settings; more steps and other hardware are not other settings."""
-    free = {"steps", "out", "snapshot_every", "validate_every", "threads", "device", "data"}
+    free = {"steps", "out", "snapshot_every", "validate_every", "threads", "device", "data", "memory_gb", "workers"}
     differing = sorted(
         key for key in stored.keys() | current.keys() if key not in free and stored.get(key) != current.get(key)
     )

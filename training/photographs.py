@@ -1,26 +1,39 @@
-"""A folder of photographs as random-access RGB pictures, with a report of what could not be used."""
+"""Photographs as random-access RGB pictures: a folder or shards, in memory or decoded when they are needed."""
 
 from __future__ import annotations
 
+import functools
+import io
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from . import shards
+from .randomness import generator_for
+
 log = logging.getLogger("clearsr.training")
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+ROTATED = {5, 6, 7, 8}  # values of the EXIF orientation that swap height and width
+ORIENTATION = 0x0112  # the EXIF tag
+CHUNK = 64  # pictures that the chunked order takes together where there are no shards
+
+Order = Literal["area", "chunked"]
 
 
-def read_rgb(path: Path) -> np.ndarray:
+def read_rgb(file: Path | io.BytesIO) -> np.ndarray:
     """Read a picture as (H, W, 3) uint8: upright, grey, CMYK, palette and 16 bit converted, alpha on white."""
-    with Image.open(path) as picture:
+    with Image.open(file) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
             values = np.asarray(picture, dtype=np.float32)
@@ -52,84 +65,319 @@ def write_png(image: np.ndarray, path: Path) -> None:
     os.replace(unfinished, path)
 
 
-class Photographs:
-    """All usable photographs of a folder, decoded once and kept in memory as uint8.
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Return (height, width) of an open picture as `read_rgb` will give it, from its header alone."""
+    width, height = picture.size
+    if picture.format == "TIFF":
+        return height, width  # upright already
+    if picture.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & picture.info.keys():
+        return height, width  # Pillow would decode the whole file to look for a late EXIF block
+    return (width, height) if picture.getexif().get(ORIENTATION) in ROTATED else (height, width)
 
-    Args:
-        folder: searched recursively for picture files.
-        smallest: pictures with a side under this many pixels are left out, and reported.
-    """
+
+def header_size(file: Path | io.BytesIO) -> tuple[int, int]:
+    """Return (height, width) of a picture file as `read_rgb` will give it, from its header alone."""
+    with Image.open(file) as picture:
+        return upright_size(picture)
+
+
+def reason(error: Exception) -> str:
+    """Say in a few words why a picture file could not be read."""
+    text = str(error)
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no picture, or damaged at its start"
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return "cut off"
+    return text.split("\n")[0][:80] or type(error).__name__
+
+
+class Source(Protocol):
+    """Pictures that can be opened by number."""
+
+    @property
+    def names(self) -> list[str]:
+        """File names without folders."""
+        ...
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every picture."""
+        ...
+
+    @property
+    def chunks(self) -> list[range]:
+        """Numbers that lie together and are best read together."""
+        ...
+
+    def open(self, index: int) -> Path | io.BytesIO:
+        """Return picture `index` as something that Pillow opens."""
+        ...
+
+
+class _Folder:
+    """A folder with everything below it."""
 
     def __init__(self, folder: Path, smallest: int) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"--data={folder} is not a folder. Give a folder of photographs.")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not paths:
-            raise ValueError(f"No pictures in {folder} (looked for {', '.join(sorted(SUFFIXES))}).")
-        self.images: list[np.ndarray] = []
-        self.paths: list[Path] = []
+            raise ValueError(
+                f"No pictures in {folder} (looked for {', '.join(sorted(SUFFIXES))}), and no shards (*.tar)."
+            )
         broken, small = [], []
+        self.paths: list[Path] = []
+        self.sizes: list[tuple[int, int]] = []
         with ThreadPoolExecutor(4) as pool:
-            for path, image in zip(paths, pool.map(_read_or_none, paths), strict=True):
-                if image is None:
-                    broken.append(path.name)
-                elif min(image.shape[:2]) < smallest:
-                    small.append(path.name)
+            for path, size in zip(paths, pool.map(_size_or_reason, paths), strict=True):
+                if isinstance(size, str):
+                    broken.append(f"{path.name} ({size})")
+                elif min(size) < smallest:
+                    small.append(f"{path.name} ({size[1]}x{size[0]})")
                 else:
-                    self.images.append(image)
                     self.paths.append(path)
-        for kind, names in (("cannot be read", broken), (f"have a side under {smallest} pixels", small)):
-            if names:
-                log.warning("%d pictures %s and are left out: %s", len(names), kind, ", ".join(names[:10]))
-        if not self.images:
+                    self.sizes.append(size)
+        _report(broken, "cannot be read")
+        _report(small, f"have a side under {smallest} pixels")
+        if not self.paths:
             raise ValueError(f"None of the {len(paths)} pictures in {folder} can be used (smallest side {smallest}).")
-        areas = np.array([image.shape[0] * image.shape[1] for image in self.images], dtype=np.float64)
-        self._cumulative = torch.from_numpy(np.cumsum(areas) / areas.sum())
-        log.info("%d photographs, %.0f megapixels", len(self.images), areas.sum() / 1e6)
+        self.names = [path.name for path in self.paths]
+        self.chunks = [range(start, min(start + CHUNK, len(self.paths))) for start in range(0, len(self.paths), CHUNK)]
 
-    def __iter__(self) -> Iterator[tuple[Path, np.ndarray]]:
-        """Go through file and picture, (H, W, 3) uint8."""
-        return iter(zip(self.paths, self.images, strict=True))
+    def open(self, index: int) -> Path:
+        return self.paths[index]
+
+
+class _Shards:
+    """A folder of tar files; memory holds the index only."""
+
+    def __init__(self, folder: Path, smallest: int) -> None:
+        index = shards.open_index(folder, header_size, SUFFIXES)
+        self.names: list[str] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.chunks: list[range] = []
+        self._places: list[tuple[Path, int, int]] = []
+        small = []
+        for shard in index.shards:
+            first = len(self.names)
+            for member in shard.members:
+                size = (member.height, member.width)
+                if min(size) < smallest:
+                    small.append(f"{member.name} ({member.width}x{member.height})")
+                    continue
+                self.names.append(Path(member.name).name)
+                self.sizes.append(size)
+                self._places.append((folder / shard.name, member.offset, member.bytes))
+            if len(self.names) > first:
+                self.chunks.append(range(first, len(self.names)))
+        _report(small, f"have a side under {smallest} pixels")
+        if not self.names:
+            raise ValueError(f"None of the pictures in the shards of {folder} can be used (smallest side {smallest}).")
+
+    def open(self, index: int) -> io.BytesIO:
+        return io.BytesIO(shards.read_member(*self._places[index]))
+
+
+def _report(names: list[str], what: str) -> None:
+    if names:
+        more = f" and {len(names) - 10} more (training.prepare lists them all)" if len(names) > 10 else ""
+        log.warning("%d pictures %s and are left out: %s%s", len(names), what, ", ".join(names[:10]), more)
+
+
+def _size_or_reason(path: Path) -> tuple[int, int] | str:
+    try:
+        return header_size(path)
+    except Exception as error:  # Pillow raises many kinds for damaged files; one bad file must not end a run.
+        return reason(error)
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkedOrder:
+    """Crop number -> picture, so that every chunk (shard) is read once per epoch.
+
+    In each epoch the chunks come in a random order, and the pictures of a chunk in a random order; a picture comes once
+    per `typical` pixels of its area, rounded, at least once. Everything follows from (seed, number).
+
+    Args:
+        sizes: (height, width) of every picture.
+        chunks: numbers of the pictures that lie together.
+        seed: decides the orders.
+    """
+
+    sizes: list[tuple[int, int]]
+    chunks: list[range]
+    seed: int
+
+    @functools.cached_property
+    def _turns(self) -> list[Tensor]:
+        """For every chunk its picture numbers, each as often as an epoch shows it."""
+        areas = torch.tensor([float(height * width) for height, width in self.sizes], dtype=torch.float64)
+        times = (areas / areas.median()).round().clamp_min(1).long()
+        return [torch.arange(c.start, c.stop).repeat_interleave(times[c.start : c.stop]) for c in self.chunks]
+
+    @property
+    def epoch_length(self) -> int:
+        """Number of crops in one epoch."""
+        return sum(len(turns) for turns in self._turns)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - one order lives as long as the run
+    def epoch(self, number: int) -> Tensor:
+        """Return the picture numbers of epoch `number`, (epoch_length,) int64."""
+        generator = generator_for(self.seed + 3, number)
+        shuffled = []
+        for chunk in torch.randperm(len(self.chunks), generator=generator).tolist():
+            turns = self._turns[chunk]
+            shuffled.append(turns[torch.randperm(len(turns), generator=generator)])
+        return torch.cat(shuffled)
+
+    def picture(self, number: int) -> int:
+        """Return the picture that crop `number` is cut from."""
+        epoch, place = divmod(number, self.epoch_length)
+        return int(self.epoch(epoch)[place])
+
+
+class _Decoded:
+    """The pictures used last, up to a number of bytes; safe for threads."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.bytes = limit, 0
+        self._pictures: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, index: int) -> np.ndarray | None:
+        with self._lock:
+            picture = self._pictures.get(index)
+            if picture is not None:
+                self._pictures.move_to_end(index)
+            return picture
+
+    def put(self, index: int, picture: np.ndarray) -> None:
+        with self._lock:
+            if index not in self._pictures:
+                self._pictures[index] = picture
+                self.bytes += picture.nbytes
+            while self.bytes > self.limit and len(self._pictures) > 1:
+                self.bytes -= self._pictures.popitem(last=False)[1].nbytes
+
+
+class Photographs:
+    """All usable photographs of a folder or of shards.
+
+    What fits into `memory_gb` as 8-bit RGB is decoded once, at the start; of more, the pictures used last are kept. The
+    same crop comes out either way, and from shards as from the folder that they were made of.
+
+    Args:
+        data: a folder of picture files, searched with everything below it, or of shards.
+        smallest: pictures with a side under this many pixels are left out, and reported.
+        memory_gb: most memory that decoded pictures take, in 1e9 bytes.
+        order: "area": every pixel is equally likely in every crop; "chunked": see `ChunkedOrder`.
+        seed: of the chunked order.
+    """
+
+    def __init__(self, data: Path, smallest: int, memory_gb: float = 4.0, order: Order = "area", seed: int = 0) -> None:
+        if not data.is_dir():
+            raise ValueError(f"--data={data} is not a folder. Give a folder of photographs, or of shards.")
+        self.order = order
+        self._source: Source
+        self._source = (_Shards if shards.is_shard_folder(data, SUFFIXES) else _Folder)(data, smallest)
+        self._numbers = list(range(len(self._source.names)))  # of the pictures in use
+        self._decoded = _Decoded(memory_gb * 1e9)
+        self._unreadable: set[int] = set()
+        if sum(height * width * 3 for height, width in self._source.sizes) <= memory_gb * 1e9:
+            self._decode_all()
+        else:
+            log.info("Decoded, these pictures take more than --memory_gb=%g: they are read as needed.", memory_gb)
+        self.sizes = [self._source.sizes[number] for number in self._numbers]
+        areas = np.array([height * width for height, width in self.sizes], dtype=np.float64)
+        self._cumulative = torch.from_numpy(np.cumsum(areas) / areas.sum())
+        self._chunked = ChunkedOrder(self._source.sizes, self._source.chunks, seed) if order == "chunked" else None
+        log.info("%d photographs, %.0f megapixels", len(self), self.megapixels)
+
+    def _decode_all(self) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            whole = list(pool.map(self._decode, self._numbers))
+        found = [number for number, picture in enumerate(whole) if picture is not None]
+        broken = [self._source.names[number] for number, picture in enumerate(whole) if picture is None]
+        _report(broken, "are cut off or damaged")
+        self._numbers = found
+        if not self._numbers:
+            raise ValueError(f"All {len(broken)} pictures are cut off or damaged; training.prepare says what is wrong.")
+
+    def _decode(self, number: int) -> np.ndarray | None:
+        """Decode a picture into the cache and return it, (H, W, 3) uint8; None if it is damaged."""
+        try:
+            picture = read_rgb(self._source.open(number))
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            # An errno means that the disk or the network failed, not the picture: leaving it out would change the run.
+            if isinstance(error, shards.ShardError) or getattr(error, "errno", None):
+                raise
+            log.debug("%s: %s", self._source.names[number], error)
+            return None
+        self._decoded.put(number, picture)
+        return picture
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def listing(self) -> list[tuple[str, tuple[int, int, int]]]:
+        """Name and shape (H, W, 3) of every picture: what decides which crops there are."""
+        return [(self._source.names[number], (*self._source.sizes[number], 3)) for number in self._numbers]
 
     @property
     def megapixels(self) -> float:
         """Sum of all pictures."""
-        return sum(image.shape[0] * image.shape[1] for image in self.images) / 1e6
+        return sum(height * width for height, width in self.sizes) / 1e6
 
-    def crop(self, size: int, generator: torch.Generator, candidates: int = 1) -> Tensor:
+    def crop(self, size: int, generator: torch.Generator, candidates: int = 1, number: int | None = None) -> Tensor:
         """Return a random (3, size, size) crop in [-1, 1], flipped at random.
 
         Every pixel of the folder is equally likely. With `candidates` > 1 as many crops are drawn and the most detailed
         one is taken: skies and blurred backgrounds fill most of a photograph and teach a super-resolver little.
+
+        In the chunked order `number`, the crop's place in an endless row, decides which picture it is cut from.
         """
-        patches = [self._draw(size, generator) for _ in range(candidates)]
+        picture = self._chunked.picture(number) if self._chunked and number is not None else None
+        patches = [self._draw(size, generator, picture) for _ in range(candidates)]
         patch = max(patches, key=_detail) if candidates > 1 else patches[0]
         if float(torch.rand((), generator=generator)) < 0.5:
             patch = patch[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(patch)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
-    def crops(self, count: int, size: int, generator: torch.Generator, candidates: int = 1) -> Tensor:
-        """Return `count` crops as (count, 3, size, size) in [-1, 1]."""
-        return torch.stack([self.crop(size, generator, candidates) for _ in range(count)])
+    def crops(
+        self, count: int, size: int, generator: torch.Generator, candidates: int = 1, first: int | None = None
+    ) -> Tensor:
+        """Return `count` crops as (count, 3, size, size) in [-1, 1]; `first` is the number of the first of them."""
+        numbers = [None if first is None else first + index for index in range(count)]
+        return torch.stack([self.crop(size, generator, candidates, number) for number in numbers])
 
-    def _draw(self, size: int, generator: torch.Generator) -> np.ndarray:
+    def _draw(self, size: int, generator: torch.Generator, picture: int | None) -> np.ndarray:
         where, top, left = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        index = min(int(torch.searchsorted(self._cumulative, where)), len(self.images) - 1)
-        image = self.images[index]
+        if picture is None:
+            picture = self._numbers[min(int(torch.searchsorted(self._cumulative, where)), len(self) - 1)]
+        image = self._image(picture)
         y = int(top * (image.shape[0] - size + 1))
         x = int(left * (image.shape[1] - size + 1))
         return image[y : y + size, x : x + size]
+
+    def _image(self, number: int) -> np.ndarray:
+        """Return a picture, (H, W, 3) uint8; in place of one that cannot be decoded, always the next that can."""
+        for step in range(len(self._source.names)):
+            candidate = (number + step) % len(self._source.names)
+            if candidate in self._unreadable:
+                continue
+            image = self._decoded.get(candidate)
+            if image is None:
+                image = self._decode(candidate)
+            if image is not None:
+                return image
+            self._unreadable.add(candidate)
+            log.warning(
+                "%s is cut off or damaged; the next picture takes its place. Run training.prepare to find all such.",
+                self._source.names[candidate],
+            )
+        raise ValueError("No picture can be decoded any more; training.prepare says what is wrong.")
 
 
 def _detail(patch: np.ndarray) -> float:
     """Return the mean absolute difference of neighbours in the green channel."""
     green = patch[..., 1].astype(np.int16)
     return float(np.abs(np.diff(green, axis=0)).mean() + np.abs(np.diff(green, axis=1)).mean())
-
-
-def _read_or_none(path: Path) -> np.ndarray | None:
-    try:
-        return read_rgb(path)
-    except Exception as error:  # Pillow raises many kinds for damaged files; one bad file must not end a run.
-        log.debug("%s: %s", path, error)
-        return None

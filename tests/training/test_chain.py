@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from clearsr_core import checkpoint
-from training import models, restore, snapshot, train
+from training import degradation, models, prepare, restore, snapshot, train
 from training.autoencoder import build_autoencoder, normalise_latents
 from training.clearsr_model import ClearSRModel
+from training.latents import FixedCrops
 from training.photographs import Photographs, read_rgb
 from training.pipeline import noise_sources, pad_to_grid, sample
 from training.pipeline import restore as restore_picture
@@ -261,13 +262,41 @@ def test_broken_and_small_pictures_are_left_out(tmp_path: Path, caplog: pytest.L
     Image.new("RGB", (70, 70)).save(tmp_path / "good.png")
     Image.new("RGB", (10, 70)).save(tmp_path / "small.png")
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
-    assert len(Photographs(tmp_path, smallest=64).images) == 1
+    assert len(Photographs(tmp_path, smallest=64)) == 1
     assert "broken.jpg" in caplog.text
     assert "small.png" in caplog.text
     with pytest.raises(ValueError, match="smallest side"):
         Photographs(tmp_path, smallest=100)
     with pytest.raises(ValueError, match="not a folder"):
         Photographs(tmp_path / "missing", smallest=1)
+
+
+def test_shards_and_workers_train_the_same_run(chain: Path, tmp_path: Path) -> None:
+    """Bit for bit, and with the same cache of encoded crops: nothing random depends on either."""
+    assert prepare.main([f"--data={chain}/photographs", f"--out={tmp_path}/shards", "--smallest=64"]) == 0
+    cache = chain / "latents.safetensors"
+    written = cache.stat().st_mtime_ns
+    shared = [f"--data={tmp_path}/shards", "--steps=2", "--threads=1", "--crop=64", "--batch=2", "--validate_every=0"]
+    command = ["--preset=nano", *shared, f"--cache={cache}", "--crops=4", f"--base={chain}/base", "--workers=2"]
+    assert train.main([*command, "--memory_gb=1e-5", f"--out={tmp_path}/run"]) == 0
+    state = "state_00000002.safetensors"
+    here, there = (snapshot.read(folder / state).tensors for folder in (tmp_path / "run", chain / "nano"))
+    assert all(torch.equal(value, there[name]) for name, value in here.items())
+    assert cache.stat().st_mtime_ns == written
+
+
+def test_sharpened_crops_in_chunked_order_are_another_set(chain: Path, tmp_path: Path) -> None:
+    photographs = Photographs(chain / "photographs", 64, order="chunked", seed=3)
+    vae = models.BaseModel.load(chain / "base").vae
+    crops = [
+        FixedCrops(photographs, vae, 64, 4, 3, tmp_path / f"{usm}.safetensors", "cpu", usm) for usm in (False, True)
+    ]
+    plain, sharpened = (each.image(1) for each in crops)
+    torch.testing.assert_close(sharpened, degradation.sharpen((plain + 1.0) / 2.0) * 2.0 - 1.0)
+    assert sharpened.std() > plain.std()
+    assert crops[0].listing != crops[1].listing
+    generator = torch.Generator()
+    assert [crops[0].draw(step, 3, generator).tolist() for step in (0, 1, 2)] == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]
 
 
 def _config(chain: Path):

@@ -49,6 +49,12 @@ def recipes() -> list[Recipe]:
     return [draw(source, PAPER) for _ in range(DRAWS)]
 
 
+@pytest.fixture(scope="module")
+def light_recipes() -> list[Recipe]:
+    source = generator(8)
+    return [draw(source, LIGHT) for _ in range(DRAWS)]
+
+
 def share(hits: int, total: int) -> float:
     return hits / total
 
@@ -63,6 +69,17 @@ def covers(values: list[float], low: float, high: float) -> None:
     margin = (high - low) / 20
     assert low <= min(values) <= low + margin
     assert high - margin <= max(values) <= high
+
+
+def evenly(values: list[float], low: float, high: float) -> None:
+    """The values lie in [low, high], and mean and spread are those of a uniform draw within five standard errors."""
+    covers(values, low, high)
+    width, total = high - low, len(values)
+    mean = sum(values) / total
+    assert mean == pytest.approx((low + high) / 2, abs=5 * width / math.sqrt(12 * total))
+    # Var((x - middle)^2) = width^4 / 180 for a uniform x.
+    square = sum((value - (low + high) / 2) ** 2 for value in values) / total
+    assert square == pytest.approx(width**2 / 12, abs=5 * width**2 / math.sqrt(180 * total))
 
 
 def test_same_generator_state_gives_the_same_picture_and_another_state_another() -> None:
@@ -191,8 +208,51 @@ def test_noise_and_jpeg_ranges(
 
 
 def test_second_blur_and_order_of_the_last_steps(recipes: list[Recipe]) -> None:
+    sizes = Counter(recipe.final_sinc.size for recipe in recipes if recipe.final_sinc)
+    assert sorted(sizes) == list(range(7, 22, 2))
+    assert all(share(count, sizes.total()) == near(1 / 8, sizes.total()) for count in sizes.values())
+    modes = Counter(recipe.final_mode for recipe in recipes)
+    assert all(share(modes[mode], DRAWS) == near(1 / 3, DRAWS) for mode in ("area", "bilinear", "bicubic"))
     assert share(sum(recipe.second.kernel is not None for recipe in recipes), DRAWS) == near(0.8, DRAWS)
     assert share(sum(recipe.jpeg_last for recipe in recipes), DRAWS) == near(0.5, DRAWS)
+
+
+@pytest.mark.parametrize("stage", ["first", "second"])
+def test_kernels_of_both_stages_have_the_same_shares(recipes: list[Recipe], stage: str) -> None:
+    kernels = [kernel for recipe in recipes if (kernel := getattr(recipe, stage).kernel)]
+    kinds, sizes = Counter(kernel.kind for kernel in kernels), Counter(kernel.size for kernel in kernels)
+    for kind, expected in {"sinc": 0.1, **{kind: 0.9 * part for kind, part in blur_kernels.SHARES.items()}}.items():
+        assert share(kinds[kind], len(kernels)) == near(expected, len(kernels))
+    for size in range(7, 22, 2):
+        assert share(sizes[size], len(kernels)) == near(1 / 8, len(kernels))
+
+
+PUBLISHED = {
+    # preset, stage: sigma of the blur, its probability, resize, Gaussian noise, Poisson noise, JPEG
+    ("paper", "first"): ((0.2, 3.0), 1.0, (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
+    ("paper", "second"): ((0.2, 1.5), 0.8, (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95)),
+    ("light", "first"): ((0.2, 3.0), 1.0, (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
+    ("light", "second"): ((0.2, 1.5), 0.5, (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100)),
+}
+
+
+@pytest.mark.parametrize(("preset", "stage"), PUBLISHED)
+def test_every_range_is_drawn_evenly(
+    recipes: list[Recipe], light_recipes: list[Recipe], preset: str, stage: str
+) -> None:
+    sigma, blurred, scales, gaussian, poisson, (lowest, highest) = PUBLISHED[preset, stage]
+    stages = [getattr(recipe, stage) for recipe in (recipes if preset == "paper" else light_recipes)]
+    kernels = [each.kernel for each in stages if each.kernel]
+    assert share(len(kernels), DRAWS) == near(blurred, DRAWS)
+    evenly([kernel.sigma[0] for kernel in kernels if kernel.kind != "sinc"], *sigma)
+    evenly([each.resize_factor for each in stages if each.resize_factor > 1], 1.0, scales[1])
+    evenly([each.resize_factor for each in stages if each.resize_factor < 1], scales[0], 1.0)
+    evenly([each.noise_strength for each in stages if each.noise == "gaussian"], *gaussian)
+    evenly([each.noise_strength for each in stages if each.noise == "poisson"], *poisson)
+    qualities = Counter(each.jpeg_quality for each in stages)
+    assert sorted(qualities) == list(range(lowest, highest + 1))
+    for count in qualities.values():
+        assert share(count, DRAWS) == near(1 / (highest - lowest + 1), DRAWS)
 
 
 def test_light_ranges_lie_inside_the_paper_ranges_and_do_less_damage() -> None:
@@ -280,6 +340,24 @@ def test_jpeg_loses_more_at_lower_quality() -> None:
     image = torch.rand(3, 48, 48, generator=generator())
     low, high = (float((jpeg(image, quality) - image).square().mean()) for quality in (30, 95))
     assert low > high > 0
+
+
+def test_sharpening_is_the_published_formula() -> None:
+    """51 x 51 Gaussian with OpenCV's width for that side, weight 0.5, threshold 10, soft mask (Real-ESRGAN)."""
+    image = torch.rand(3, 70, 60, generator=generator()) * 0.2 + 0.4
+    image[:, :, 30:] += 0.2
+    x = torch.arange(-25, 26, dtype=torch.float64)
+    line = torch.exp(-x.square() / (2 * (0.3 * ((51 - 1) / 2 - 1) + 0.8) ** 2))
+    kernel = (line[:, None] * line / line.sum() ** 2).float()
+
+    def smooth(values: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(values[None], (25,) * 4, mode="reflect")
+        return torch.nn.functional.conv2d(padded, kernel.expand(3, 1, 51, 51), groups=3)[0]
+
+    residual = image - smooth(image)
+    mask = smooth((residual.abs() * 255 > 10).float())
+    expected = mask * (image + 0.5 * residual).clamp(0, 1) + (1 - mask) * image
+    assert torch.allclose(sharpen(image), expected, atol=1e-5)
 
 
 def test_sharpening_steepens_edges_and_leaves_flat_areas_alone() -> None:

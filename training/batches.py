@@ -1,0 +1,60 @@
+"""Where a stage's batches come from: its data settings, and threads that make the batches of later steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import torch
+
+from .loop import LoopSettings
+from .photographs import Photographs
+from .randomness import generator_for
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class DataSettings(LoopSettings):
+    """What every stage asks about its photographs."""
+
+    data: Path = Path("data")  # a folder of pictures, or of shards that training.prepare has written
+    memory_gb: float = 4.0  # most memory that decoded pictures take; of more, those used last are kept
+    order: Literal["area", "chunked"] = "area"  # every pixel equally likely, or one shard after the other
+
+    def photographs(self, smallest: int) -> Photographs:
+        """Open the photographs whose sides have at least `smallest` pixels."""
+        return Photographs(self.data, smallest, self.memory_gb, self.order, self.seed)
+
+
+class Ahead(Generic[Batch]):
+    """Makes the batches of coming steps in threads; order and content are as without.
+
+    Args:
+        make: turns (step, generator) into a batch, and takes every random number from that generator.
+        seed: of the run; the generator of a step is `generator_for(seed, step)`, as in the loop.
+        steps: number of steps of the run; nothing is made beyond it.
+        workers: number of threads; 0 makes every batch when it is asked for.
+    """
+
+    def __init__(self, make: Callable[[int, torch.Generator], Batch], seed: int, steps: int, workers: int) -> None:
+        if workers < 0:
+            raise ValueError(f"--workers={workers}: give 0 for none, or the number of threads.")
+        self.make, self.seed, self.steps, self.workers = make, seed, steps, workers
+        self._waiting: dict[int, Future[Batch]] = {}
+        # Every step is work for one thread, so that torch's own threads would only get in each other's way.
+        self._pool = ThreadPoolExecutor(workers, "batch", torch.set_num_threads, (1,)) if workers else None
+
+    def get(self, step: int, generator: torch.Generator) -> Batch:
+        """Return the batch of `step`; `generator` is used without workers only."""
+        if self._pool is None:
+            return self.make(step, generator)
+        for other in [other for other in self._waiting if not step <= other < step + 2 * self.workers]:
+            self._waiting.pop(other).cancel()
+        for coming in range(step, max(step + 1, min(step + 2 * self.workers, self.steps))):
+            if coming not in self._waiting:
+                self._waiting[coming] = self._pool.submit(self.make, coming, generator_for(self.seed, coming))
+        return self._waiting.pop(step).result()

@@ -1,0 +1,135 @@
+"""Look at training pairs and their drawn numbers: `python -m training.contact_sheet --data=FOLDER --out=sheet.png`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from . import config, degradation
+from .blur_kernels import BlurKernel
+from .photographs import Photographs
+from .pipeline import upscale_lr
+from .randomness import generator_for
+
+log = logging.getLogger("clearsr.training")
+
+GAP = 8  # pixels around every pair
+LINE = 13  # height of a line of the caption, in pixels
+LINES = 7
+
+
+@dataclass(frozen=True)
+class ContactSheetSettings:
+    """Which pairs to show, and how."""
+
+    data: Path  # folder of pictures, or of shards
+    out: Path  # PNG file
+    degradation: Literal["paper", "light"] = "paper"
+    usm: bool = False  # sharpen crops first, as --usm=true does in training
+    count: int = 8
+    columns: int = 2  # pairs beside each other
+    crop: int = 256  # pixels
+    seed: int = 0
+    enlarge: Literal["nearest", "bicubic"] = "nearest"  # pixels as they are, or as the encoder sees them
+    memory_gb: float = 1.0
+
+
+def _kernel(kernel: BlurKernel | None) -> str:
+    if kernel is None:
+        return "no blur"
+    if kernel.kind == "sinc":
+        return f"sinc {kernel.size}, cut-off {kernel.cutoff / math.pi:.2f} pi"
+    anisotropic = kernel.kind.endswith("anisotropic")
+    sigma = f"{kernel.sigma[0]:.2f}" + (f" / {kernel.sigma[1]:.2f}" if anisotropic else "")
+    turned = f", {math.degrees(kernel.angle):.0f} deg" if anisotropic else ""
+    shape = f", beta {kernel.shape:.2f}" if kernel.shape != 1.0 else ""
+    return f"{kernel.kind} {kernel.size}, sigma {sigma}{turned}{shape}"
+
+
+def _stage(stage: degradation.Stage) -> list[str]:
+    colour = "grey" if stage.grey_noise else "coloured"
+    return [
+        _kernel(stage.kernel),
+        f"{stage.resize_mode} x {stage.resize_factor:.2f}, {colour} {stage.noise} {stage.noise_strength:.2f}, "
+        f"JPEG {stage.jpeg_quality}",
+    ]
+
+
+def caption(number: int, recipe: degradation.Recipe) -> list[str]:
+    """Return the drawn numbers of one degradation as short lines."""
+    order = "resize and sinc, then JPEG" if recipe.jpeg_last else "JPEG, then resize and sinc"
+    last = _kernel(recipe.final_sinc) if recipe.final_sinc else "no sinc"
+    first, second = _stage(recipe.first), _stage(recipe.second)
+    return [
+        f"crop {number}",
+        *(f"1: {first[0]}", f"   {first[1]}"),
+        *(f"2: {second[0]}", f"   {second[1]}"),
+        f"end: {recipe.final_mode}, {last}",
+        f"   {order}",
+    ]
+
+
+def _pixels(image: Tensor) -> Image.Image:
+    """Return (3, H, W) in [0, 1] as a picture."""
+    return Image.fromarray((image * 255.0).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
+
+
+def pair(photographs: Photographs, number: int, settings: ContactSheetSettings) -> tuple[Tensor, Tensor, list[str]]:
+    """Return crop `number` (3, crop, crop), its partner (3, crop / 4, crop / 4), both in [0, 1], and its caption."""
+    hq = photographs.crop(settings.crop, generator_for(settings.seed + 1, number), candidates=2, number=number)
+    hq = (hq + 1.0) / 2.0
+    if settings.usm:
+        hq = degradation.sharpen(hq)
+    generator = generator_for(settings.seed, number)
+    recipe = degradation.draw(generator, degradation.PRESETS[settings.degradation])
+    return hq, degradation.apply(hq, recipe, generator), caption(number, recipe)
+
+
+def run(settings: ContactSheetSettings) -> None:
+    """Write the sheet."""
+    if settings.crop % 4 or settings.crop < 8 or settings.count < 1 or settings.columns < 1:
+        raise config.ConfigError("--crop takes a multiple of 4 from 8 on, --count and --columns 1 or more.")
+    photographs = Photographs(settings.data, settings.crop, settings.memory_gb)
+    columns = min(settings.columns, settings.count)
+    side, rows = settings.crop, -(-settings.count // columns)
+    width, height = 2 * side + 2 * GAP, side + LINES * LINE + 2 * GAP
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number in range(settings.count):
+        hq, lr, lines = pair(photographs, number, settings)
+        x, y = number % columns * width + GAP, number // columns * height + GAP
+        if settings.enlarge == "bicubic":
+            shown = _pixels(upscale_lr(lr[None], (side, side))[0])
+        else:
+            shown = _pixels(lr).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(_pixels(hq), (x, y))
+        sheet.paste(shown, (x + side, y))
+        for place, line in enumerate(lines):
+            draw.text((x, y + side + 2 + place * LINE), line, fill="black")
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(settings.out, "PNG")
+    log.info("%s: %d pairs, target on the left, low-quality picture on the right", settings.out, settings.count)
+
+
+def main(arguments: list[str]) -> int:
+    """Run from the command line; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        with torch.no_grad():
+            run(config.build(ContactSheetSettings, config.parse_overrides(arguments)))
+    except (ValueError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
