@@ -19,8 +19,9 @@ from .batches import Ahead, DataSettings
 from .clearsr_model import ClearSRModel
 from .export import export, latent_rgb
 from .latents import FixedCrops, FixedPairs
-from .loop import generator_for, plain
+from .loop import plain
 from .pipeline import sample, upscale_lr
+from .randomness import generator_for
 
 
 @dataclass(frozen=True)
