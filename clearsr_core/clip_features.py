@@ -1,4 +1,4 @@
-"""What stands between a picture, CLIP's vision model and the image prompt p; CLIP itself is the host's or training's."""
+"""What stands between a picture, CLIP's vision model and the image prompt p; CLIP itself is not ours (Sec. 3.1)."""
 
 from __future__ import annotations
 

@@ -84,13 +84,10 @@ def _refuse_other_formats(path: Path, start: bytes, size: int, header_size: int,
         raise _cut_off(path, "even an empty safetensors file has 10 bytes", size)
     looks = next((kind for magic, kind in _LOOKS_LIKE.items() if start.lstrip().startswith(magic)), None)
     if looks is None:
-        raise CheckpointError(
-            f"{path} is not a safetensors file, whatever its name says. Please choose {wanted}."
-        )
+        raise CheckpointError(f"{path} is not a safetensors file, whatever its name says. Please choose {wanted}.")
     reason = "Pickles can run code, so they are refused. " if "pickle" in looks else ""
     raise CheckpointError(
-        f"{path} is not a safetensors file but looks like {looks}. {reason}"
-        f"Please get {wanted} itself, as .safetensors."
+        f"{path} is not a safetensors file but looks like {looks}. {reason}Please get {wanted} itself, as .safetensors."
     )
 
 

@@ -8,7 +8,6 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..clearsr_core.clip_features import projected_tokens
-
 from .compat import HostObject, notice, schema, widget
 from .control_hooks import NODE, ControlSettings, attach_control
 from .model_checks import check_model, other_base

@@ -92,8 +92,9 @@ def other_base(node: str, model: ModelPatcher, config: ClearSRConfig, file: str)
     if distance is None or distance < SAME:
         return None
     return (
-        f"{node}: the connected MODEL is not the base model that '{file}' was trained on (their weights differ by about "
-        f"{distance:.1%}). Results may be worse than they could be; the original is Stable Diffusion 2.1-base, 512 px."
+        f"{node}: the connected MODEL is not the base model that '{file}' was trained on (their weights differ by "
+        f"about {distance:.1%}). Results may be worse than they could be; the original is "
+        "Stable Diffusion 2.1-base, 512 px."
     )
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import models
+from .base_model import BaseModel
 from .latents import FixedCrops
 from .loop import LoopSettings
 from .photographs import Photographs
@@ -94,4 +95,4 @@ class BaseStage:
 
     def finish(self, folder: Path) -> None:
         """Write `folder` as a base model: `unet`, `vae`, `null_text.safetensors`."""
-        models.BaseModel(self.unet, self.vae, self.null_text).save(folder)
+        BaseModel(self.unet, self.vae, self.null_text).save(folder)
