@@ -121,5 +121,7 @@ class FixedPairs:
         identity = "-".join(
             [_weights_hash(model.lr_encoder, model.image_encoder, model.clip), crops.listing, degradation, str(seed)]
         )
+        if model.clip is not None and model.clip.patch:
+            identity += "-patch"  # the same weights give other prompts
         encoded = _encoded_once(cache, identity, crops.count, encode, "encoding pairs")
         self.latents, self.prompts = encoded["latents"], encoded["prompts"]

@@ -97,7 +97,7 @@ def test_connected_model_and_vae_are_used_and_loading_again_replaces(tiny, basel
 
 
 def test_another_base_of_the_same_size_is_told(monkeypatch, tiny, lr, caplog) -> None:
-    """By the weights from before any LoRA, merged ones included; a rounded copy is the same base, and no error comes."""
+    """By the weights from before any LoRA, merged ones included; a rounded copy is the same base; never an error."""
     config = rig.tiny_config()
     monkeypatch.setattr(config_module, "SD21_NETWORKS", config.base)
     checks, prints = rig.module("nodes.model_checks"), rig.module("clearsr_core.fingerprint")
