@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -88,7 +88,7 @@ class ClipImagePrompt(nn.Module):
         Returns:
             p: (B, 1, context_dim), or with `patch` (B, 257, context_dim), of which the first is the pooled embedding.
         """
-        side = self.clip.vision_model.embeddings.image_size
+        side = cast("int", self.clip.config.image_size)
         features = self.clip(pixel_values=clip_pixels(images.float(), side))
         if self.patch:
             return projected_tokens(features.last_hidden_state, self.projection())
