@@ -21,7 +21,17 @@ from .safetensors_header import FLOATS, CheckpointError, SafetensorsHeader, Shap
 from .shapes import ANY, checkpoint_shapes
 
 FORMAT = 1
-PARTS = ("dpm", "spm", "unet_lora", "vae_lora", "null_text", "image_encoder", "base.unet", "base.vae")
+PARTS = (
+    "dpm",
+    "spm",
+    "unet_lora",
+    "vae_lora",
+    "null_text",
+    "image_encoder",
+    "image_projection",
+    "base.unet",
+    "base.vae",
+)
 
 __all__ = ["FORMAT", "PARTS", "Checkpoint", "CheckpointError", "Header", "read", "read_header", "write"]
 

@@ -128,9 +128,10 @@ class ClearSRConfig:
     latent_scale: float = 0.18215  # model units = VAE latent * latent_scale
     prediction: Literal["eps"] = "eps"
     base: BaseConfig | None = None  # None: needs the user's SD 2.1-base; else the file carries these networks
-    base_fingerprint: str = ""  # identifies the UNet that it was trained on; "" = not recorded
+    base_fingerprint: str = ""  # of the UNet that it was trained on (fingerprint.py); "" = not recorded
     latent_rgb: tuple[tuple[float, ...], ...] | None = None  # 4 rows x 3: latent -> RGB for previews of a narrow base
     image_encoder: bool = False  # the file carries its own image prompt encoder
+    clip_width: int = 0  # of CLIP's hidden states, which image_projection makes patch tokens of; 0 = the file has none
 
     def __post_init__(self) -> None:
         _check_choice("prompt_mode", self.prompt_mode, ("pooled", "patch", "null"))
@@ -138,6 +139,11 @@ class ClearSRConfig:
         _check_choice("prediction", self.prediction, ("eps",))
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank {self.lora_rank} is negative")
+        if self.clip_width and (self.clip_width < 0 or self.image_encoder or self.prompt_mode != "patch"):
+            raise ValueError(
+                f"clip_width is {self.clip_width}, but prompt_mode {self.prompt_mode!r} with image_encoder "
+                f"{self.image_encoder} takes no hidden states of CLIP"
+            )
         if not self.latent_scale > 0:
             raise ValueError(f"latent_scale {self.latent_scale} must be above 0")
         rows = self.latent_rgb

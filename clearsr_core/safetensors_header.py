@@ -37,8 +37,12 @@ class SafetensorsHeader:
     shapes: dict[str, Shape]
 
 
-def read_safetensors_header(path: Path) -> SafetensorsHeader:
+def read_safetensors_header(path: Path, wanted: str = "the ClearSR checkpoint") -> SafetensorsHeader:
     """Read the header and check that the file holds everything that it lists; tensors are not read.
+
+    Args:
+        path: the file.
+        wanted: what the user was asked for, for the message where the file is something else.
 
     Raises:
         CheckpointError: the file is missing, empty, something else than safetensors, or cut off.
@@ -50,7 +54,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         with path.open("rb") as file:
             start = file.read(64)
             header_size = int.from_bytes(start[:8], "little")
-            _refuse_other_formats(path, start, size, header_size)
+            _refuse_other_formats(path, start, size, header_size, wanted)
             file.seek(8)
             header = file.read(header_size)
     except OSError as error:
@@ -70,7 +74,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(metadata, dtypes, shapes)
 
 
-def _refuse_other_formats(path: Path, start: bytes, size: int, header_size: int) -> None:
+def _refuse_other_formats(path: Path, start: bytes, size: int, header_size: int, wanted: str) -> None:
     """Raise for a file that is no safetensors at all, saying what it looks like."""
     if size == 0:
         raise CheckpointError(f"{path} is empty. Please download or copy it again.")
@@ -80,13 +84,10 @@ def _refuse_other_formats(path: Path, start: bytes, size: int, header_size: int)
         raise _cut_off(path, "even an empty safetensors file has 10 bytes", size)
     looks = next((kind for magic, kind in _LOOKS_LIKE.items() if start.lstrip().startswith(magic)), None)
     if looks is None:
-        raise CheckpointError(
-            f"{path} is not a safetensors file, whatever its name says. Please choose a ClearSR checkpoint."
-        )
+        raise CheckpointError(f"{path} is not a safetensors file, whatever its name says. Please choose {wanted}.")
     reason = "Pickles can run code, so they are refused. " if "pickle" in looks else ""
     raise CheckpointError(
-        f"{path} is not a safetensors file but looks like {looks}. {reason}"
-        "Please get the ClearSR checkpoint itself, as .safetensors."
+        f"{path} is not a safetensors file but looks like {looks}. {reason}Please get {wanted} itself, as .safetensors."
     )
 
 

@@ -50,6 +50,10 @@ def checkpoint_shapes(config: ClearSRConfig) -> dict[str, dict[str, Shape]]:
         parts["image_encoder"] = _shapes(
             ImagePromptEncoder(config.control.context_dim, ops=_SHAPES_ONLY, device="meta")
         )
+    if config.clip_width:
+        parts["image_projection"] = _layer("norm", config.clip_width) | _layer(
+            "projection", config.control.context_dim, config.clip_width, bias=False
+        )
     if config.base is not None:
         parts["base.unet"] = _in_host(unet, unet_prefixes(config.control))
         parts["base.vae"] = _in_host(vae, vae_prefixes(config.base))

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..clearsr_core.clip_features import projected_tokens
 from .compat import HostObject, notice, schema, widget
 from .control_hooks import NODE, ControlSettings, attach_control
-from .model_checks import check_model
+from .model_checks import check_model, other_base
 from .sockets import KEY, ClearSRSocket
 
 if TYPE_CHECKING:
@@ -65,16 +66,20 @@ def decoder_prompt(
         )
     if bundle.image_encoder is not None:
         raise ValueError(f"{NODE}: '{bundle.name}' has its own image encoder; disconnect the clip_vision_output input.")
+    projection = bundle.image_projection if mode == "patch" else None
     name = "image_embeds" if mode == "pooled" else "last_hidden_state"
+    wanted = width if projection is None else bundle.config.clip_width
     features = clip_vision[name]
-    if features is None or features.shape[-1] != width:
+    if features is None or features.shape[-1] != wanted:
         found = "none" if features is None else str(features.shape[-1])
         raise ValueError(
-            f"{NODE}: the CLIP_VISION_OUTPUT has {found} features ({name}), but '{bundle.name}' needs {width}. Use the "
-            "CLIP vision model ViT-H/14 (CLIP-ViT-H-14-laion2B-s32B-b79K)."
+            f"{NODE}: the CLIP_VISION_OUTPUT has {found} features ({name}), but '{bundle.name}' needs {wanted}. Use "
+            "the CLIP vision model ViT-H/14 (CLIP-ViT-H-14-laion2B-s32B-b79K)."
         )
-    tokens = features[:, None] if features.ndim == 2 else features  # (B, n, width)
-    return tokens.float(), None
+    tokens = (features[:, None] if features.ndim == 2 else features).float()  # (B, n, wanted)
+    if projection is not None:
+        tokens = projected_tokens(tokens, projection)  # (B, n, width)
+    return tokens, None
 
 
 class ClearSRControlApply(io.ComfyNode):
@@ -176,6 +181,10 @@ class ClearSRControlApply(io.ComfyNode):
         clip_vision_output: HostObject = None,
     ) -> io.NodeOutput:
         check_model(NODE, model, clearsr.config, clearsr.name)
+        if model.get_attachment(KEY) is None:  # else it comes from ClearSR Loader, which has compared it
+            difference = other_base(NODE, model, clearsr.config, clearsr.name)
+            if difference is not None:
+                notice(cls, difference)
         samples = lr_latent["samples"]
         if samples.ndim != 4 or samples.shape[1] != clearsr.config.control.latent_channels:
             raise ValueError(

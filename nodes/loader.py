@@ -19,10 +19,10 @@ from ..clearsr_core import checkpoint as checkpoints
 from ..clearsr_core import key_maps
 from ..clearsr_core.control import ClearSRControl
 from ..clearsr_core.image_encoder import ImagePromptEncoder
-from .compat import schema, widget
+from .compat import notice, schema, widget
 from .host_attention import host_attention
 from .lora import add_lora, add_vae_lora
-from .model_checks import BASE_HELP, check_model, check_vae
+from .model_checks import BASE_HELP, check_model, check_vae, other_base
 from .self_contained import build_model, build_vae, is_dynamic, patcher_class
 from .sockets import KEY, ClearSRBundle, ClearSRSocket
 
@@ -233,6 +233,9 @@ class ClearSRLoader(io.ComfyNode):
         else:
             check_model(NODE, model, config, checkpoint)
             check_vae(NODE, vae, config, checkpoint)
+            difference = other_base(NODE, model, config, checkpoint)
+            if difference is not None:
+                notice(cls, difference)
 
         unet_map = {
             layer: f"diffusion_model.{weight}" for layer, weight in key_maps.unet_lora_map(config.control).items()
@@ -255,5 +258,6 @@ class ClearSRLoader(io.ComfyNode):
             lr_encoder=lr_encoder,
             null_text=null_text,
             image_encoder=_image_encoder_patcher(file, str(path)) if config.image_encoder else None,
+            image_projection=file.tensors.get("image_projection"),
         )
         return io.NodeOutput(adapted, vae, bundle)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import comfy.model_base
+import comfy.utils
+import torch
+
+from ..clearsr_core.fingerprint import SAME, SAMPLED, fingerprint_distance, unet_fingerprint
+from ..clearsr_core.key_maps import rename, unet_prefixes
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -58,6 +63,38 @@ def check_model(node: str, model: ModelPatcher, config: ClearSRConfig, file: str
     raise ValueError(
         f"{node}: the connected MODEL is {describe_model(model)}, but '{file}' belongs to Stable Diffusion 2.1-base. "
         f"{BASE_HELP}"
+    )
+
+
+def base_fingerprint(model: ModelPatcher, config: ClearSRConfig) -> str:
+    """Return the fingerprint of a MODEL's UNet as it was loaded; "" where its weights cannot be compared.
+
+    Patches (LoRA) do not count: where the host has merged them, it keeps the weight from before. Quantised weights,
+    GGUF and weights that the host has not loaded are not compared.
+    """
+    prefixes = unet_prefixes(config.control)
+    weights = {}
+    for name in SAMPLED:
+        key = f"diffusion_model.{rename(name, prefixes)}"
+        kept = model.backup.get(key)
+        weight = comfy.utils.get_attr(model.model, key) if kept is None else kept.weight
+        if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or weight.is_meta:
+            return ""
+        weights[name] = weight
+    return unet_fingerprint(weights)
+
+
+def other_base(node: str, model: ModelPatcher, config: ClearSRConfig, file: str) -> str | None:
+    """Say so where a MODEL of the right size is not the one that `file` was trained on; it may still work."""
+    if not config.base_fingerprint:
+        return None
+    distance = fingerprint_distance(config.base_fingerprint, base_fingerprint(model, config))
+    if distance is None or distance < SAME:
+        return None
+    return (
+        f"{node}: the connected MODEL is not the base model that '{file}' was trained on (their weights differ by "
+        f"about {distance:.1%}). Results may be worse than they could be; the original is "
+        "Stable Diffusion 2.1-base, 512 px."
     )
 
 

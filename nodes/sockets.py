@@ -43,6 +43,7 @@ class ClearSRBundle:
     lr_encoder: VAE  # E' = E + LoRA; shares the weights of `vae`
     null_text: Tensor  # (tokens, context width): the empty prompt
     image_encoder: ModelPatcher | None  # of self-contained files
+    image_projection: dict[str, Tensor] | None = None  # makes patch tokens of CLIP's hidden states
 
     @property
     def patcher(self) -> ModelPatcher:

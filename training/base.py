@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import models
+from .base_model import BaseModel
 from .batches import DataSettings
 from .latents import FixedCrops
 
@@ -92,4 +93,4 @@ class BaseStage:
 
     def finish(self, folder: Path) -> None:
         """Write `folder` as a base model: `unet`, `vae`, `null_text.safetensors`."""
-        models.BaseModel(self.unet, self.vae, self.null_text).save(folder)
+        BaseModel(self.unet, self.vae, self.null_text).save(folder)

@@ -15,8 +15,10 @@ from clearsr_core.config import ControlConfig
 
 from . import degradation, models
 from .base import noise_schedule
+from .base_model import BaseModel
 from .batches import Ahead, DataSettings
 from .clearsr_model import ClearSRModel
+from .clip_vision import ClipImagePrompt
 from .export import export, latent_rgb
 from .latents import FixedCrops, FixedPairs
 from .loop import plain
@@ -28,7 +30,9 @@ from .randomness import generator_for
 class ClearSRSettings(DataSettings):
     """Settings of the ClearSR stage; names that the paper gives carry its values as defaults."""
 
-    base: Path = Path("runs/nano_base")  # folder of the frozen base model
+    base: Path = Path("runs/nano_base")  # the frozen base model: a folder, a file, or `random` for a trial run
+    base_widths: tuple[int, ...] = (320, 640, 1280, 1280)  # of the random base model
+    clip_vision: Path = Path()  # folder or file of CLIP ViT-H/14, whose features are p; empty = an encoder of our own
     cache: Path = Path("runs/latents.safetensors")  # encoded crops
     batch: int = 8
     crop: int = 512  # pixels
@@ -52,7 +56,7 @@ class ClearSRSettings(DataSettings):
     anchor: Literal["lr_encoder", "plain"] = "lr_encoder"  # x_lr of start and LSA at inference: of E', or of E
 
 
-def control_config(settings: ClearSRSettings, base: models.BaseModel) -> ControlConfig:
+def control_config(settings: ClearSRSettings, base: BaseModel) -> ControlConfig:
     """Return the configuration of DPM and SPM that fits the base model's UNet."""
     unet = base.unet.config
     widths = tuple(unet.block_out_channels)
@@ -88,7 +92,7 @@ class ClearSRStage:
 
     def __init__(self, settings: ClearSRSettings) -> None:
         self.settings = settings
-        base = models.BaseModel.load(settings.base)
+        base = BaseModel.load(settings.base, settings.base_widths, settings.seed)
         self.schedule = noise_schedule()
         self.degradation = degradation.PRESETS[settings.degradation]
         photographs = settings.photographs(settings.crop)
@@ -103,9 +107,14 @@ class ClearSRStage:
             settings.device,
             settings.usm,
         )
-        self.model = ClearSRModel(
-            base, control_config(settings, base), settings.rank, settings.prompt_mode, settings.seed
-        )
+        control = control_config(settings, base)
+        clip = None
+        if settings.clip_vision != Path():
+            if settings.prompt_mode == "null":
+                raise ValueError("--prompt_mode=null has no use for --clip_vision: leave one of them out.")
+            patch = settings.prompt_mode == "patch"
+            clip = ClipImagePrompt.load(settings.clip_vision, patch=patch, context_dim=control.context_dim)
+        self.model = ClearSRModel(base, control, settings.rank, settings.prompt_mode, settings.seed, clip)
         self.model.to(settings.device)
         self.batches = Ahead(self.batch, settings.seed, settings.steps, settings.workers)
 

@@ -14,6 +14,8 @@ from clearsr_core.image_encoder import ImagePromptEncoder
 from clearsr_core.initialise import initialise_fresh, initialise_from_unet
 
 from . import models
+from .base_model import BaseModel
+from .clip_vision import ClipImagePrompt
 
 
 class ClearSRModel(nn.Module):
@@ -21,8 +23,17 @@ class ClearSRModel(nn.Module):
 
     anchor = "lr_encoder"  # x_lr of start and LSA: of E', or of the plain E
 
-    def __init__(self, base: models.BaseModel, control: ControlConfig, rank: int, prompt_mode: str, seed: int) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        control: ControlConfig,
+        rank: int,
+        prompt_mode: str,
+        seed: int,
+        clip: ClipImagePrompt | None = None,  # p comes from CLIP, and no image encoder of our own is trained
+    ) -> None:
         super().__init__()
+        self.clip = clip
         self.null_text: Tensor
         self.unet, self.vae = base.unet, base.vae
         self.register_buffer("null_text", base.null_text)
@@ -34,7 +45,9 @@ class ClearSRModel(nn.Module):
             self.lr_encoder = models.LREncoder(base.vae, rank)
             models.add_decoder_lora(base.unet, rank)
             self.image_encoder = (
-                ImagePromptEncoder(control.context_dim, patch=prompt_mode == "patch") if prompt_mode != "null" else None
+                ImagePromptEncoder(control.context_dim, patch=prompt_mode == "patch")
+                if prompt_mode != "null" and clip is None
+                else None
             )
             if self.image_encoder is not None:
                 initialise_fresh(self.image_encoder, generator)
@@ -45,17 +58,21 @@ class ClearSRModel(nn.Module):
             parameter.requires_grad_(True)
 
     @classmethod
-    def from_checkpoint(cls, path: Path, base: models.BaseModel | None = None) -> ClearSRModel:
+    def from_checkpoint(
+        cls, path: Path, base: BaseModel | None = None, clip: ClipImagePrompt | None = None
+    ) -> ClearSRModel:
         """Rebuild a trained model from its file, in diffusers' and peft's modules.
 
         Args:
             path: a checkpoint as `export` writes it.
             base: the base model; None takes the one inside the file.
+            clip: source of p for a file without an image encoder; None leaves the decoder the empty prompt.
         """
         stored = checkpoint.read(path)
         config, tensors = stored.config, stored.tensors
-        base = base or models.BaseModel.from_checkpoint(stored)
-        model = cls(base, config.control, config.lora_rank, config.prompt_mode if config.image_encoder else "null", 0)
+        base = base or BaseModel.from_checkpoint(stored)
+        mode = config.prompt_mode if config.image_encoder else "null"
+        model = cls(base, config.control, config.lora_rank, mode, 0, clip)
         model.null_text = tensors["null_text"][""].float()  # self-contained files hold half precision
         model.anchor = config.anchor
         values = {f"{part}.{name}": value for part, table in tensors.items() for name, value in table.items()}
@@ -74,7 +91,9 @@ class ClearSRModel(nn.Module):
         return named
 
     def image_prompt(self, lr_images: Tensor) -> Tensor:
-        """Return p of (B, 3, H, W) pictures in [0, 1], (B, n, C); the empty prompt where there is no image encoder."""
+        """Return p of (B, 3, H, W) pictures in [0, 1], (B, n, C); the empty prompt where nothing makes one."""
+        if self.clip is not None:
+            return self.clip(lr_images)
         if self.image_encoder is None:
             return self.null_text.expand(lr_images.shape[0], -1, -1)
         return self.image_encoder(lr_images)

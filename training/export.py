@@ -12,6 +12,7 @@ from torch import Tensor
 from clearsr_core import checkpoint
 from clearsr_core.checkpoint import Checkpoint
 from clearsr_core.config import SD21_NETWORKS, BaseConfig, ClearSRConfig
+from clearsr_core.fingerprint import unet_fingerprint
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 
 from . import models
@@ -89,8 +90,10 @@ def export(
         prompt_mode=prompt_mode,  # type: ignore[arg-type]
         anchor=anchor,  # type: ignore[arg-type]
         base=networks if contained else None,
+        base_fingerprint="" if contained else unet_fingerprint(models.without_lora(model.unet)),
         latent_rgb=preview if contained else None,
         image_encoder=model.image_encoder is not None,
+        clip_width=model.clip.hidden_width if model.clip is not None and model.clip.patch else 0,
     )
     tensors: dict[str, dict[str, Tensor]] = {
         "unet_lora": lora_tensors(model.unet, rank),
@@ -103,6 +106,8 @@ def export(
             tensors[part] = module.state_dict()
     if model.image_encoder is not None:
         tensors["image_encoder"] = model.image_encoder.state_dict()
+    if config.clip_width and model.clip is not None:
+        tensors["image_projection"] = model.clip.projection()
     if contained:
         tensors["base.unet"] = unet_to_host(models.without_lora(model.unet), config.control)
         tensors["base.vae"] = vae_to_host(model.vae.state_dict(), networks)

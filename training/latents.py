@@ -133,7 +133,9 @@ class FixedPairs:
             return {"latents": model.lr_encoder(lr_images * 2.0 - 1.0), "prompts": model.image_prompt(lr_images)}
 
         identity = "-".join(
-            [_weights_hash(model.lr_encoder, model.image_encoder), crops.listing, degradation, str(seed)]
+            [_weights_hash(model.lr_encoder, model.image_encoder, model.clip), crops.listing, degradation, str(seed)]
         )
+        if model.clip is not None and model.clip.patch:
+            identity += "-patch"  # the same weights give other prompts
         encoded = _encoded_once(cache, identity, crops.count, encode, "encoding pairs")
         self.latents, self.prompts = encoded["latents"], encoded["prompts"]

@@ -1,24 +1,16 @@
-"""The frozen base model and what ClearSR adds to it, built with diffusers and peft (Sec. 3.1, Appendix A)."""
+"""The networks of diffusers that a base model has, and what ClearSR adds to them by peft (Sec. 3.1, Appendix A)."""
 
 from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clearsr_core import checkpoint
-from clearsr_core.checkpoint import Checkpoint
-from clearsr_core.key_maps import unet_from_host, vae_from_host
-
 LATENT_SCALE = 0.18215  # Stable Diffusion's: model units = VAE latent * 0.18215
-NULL_TEXT_FILE = "null_text.safetensors"
 
 # Appendix A: every convolution and attention layer of the VAE encoder; attention layers of the UNet decoder only.
 UNET_LORA_TARGETS = r"up_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
@@ -56,51 +48,6 @@ def build_autoencoder(widths: tuple[int, ...], blocks: int, norm_groups: int = 3
         latent_channels=4,
         norm_num_groups=norm_groups,
     )
-
-
-@dataclass
-class BaseModel:
-    """A Stable Diffusion 2 model as ClearSR stands on it: frozen UNet, frozen VAE, the empty prompt."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    null_text: Tensor  # (tokens, context width)
-
-    @classmethod
-    def load(cls, folder: Path) -> BaseModel:
-        """Read a folder with `unet`, `vae` (diffusers layout, safetensors) and `null_text.safetensors`.
-
-        A self-contained ClearSR file will do as well: its base is taken.
-        """
-        if folder.is_file():
-            return cls.from_checkpoint(checkpoint.read(folder))
-        for part in ("unet", "vae", NULL_TEXT_FILE):
-            if not (folder / part).exists():
-                raise ValueError(f"--base={folder} has no {part}. Give the out folder of a finished base stage.")
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True)
-        return cls(unet.eval(), vae.eval(), load_file(folder / NULL_TEXT_FILE)["null_text"])
-
-    @classmethod
-    def from_checkpoint(cls, stored: Checkpoint) -> BaseModel:
-        """Take the base out of a self-contained ClearSR file."""
-        networks, tensors = stored.config.base, stored.tensors
-        if networks is None:
-            raise ValueError(
-                "This ClearSR file carries no base model: give --base=FOLDER of Stable Diffusion 2.1-base."
-            )
-        unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups)
-        unet.load_state_dict(unet_from_host(tensors["base.unet"], stored.config.control))
-        vae = build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
-        vae.load_state_dict(vae_from_host(tensors["base.vae"], networks))
-        # The file holds half precision.
-        return cls(unet.eval(), vae.eval(), tensors["null_text"][""].float())
-
-    def save(self, folder: Path) -> None:
-        """Write the folder that `load` reads."""
-        self.unet.save_pretrained(folder / "unet")
-        self.vae.save_pretrained(folder / "vae")
-        save_file({"null_text": self.null_text.detach().float().contiguous()}, folder / NULL_TEXT_FILE)
 
 
 @torch.no_grad()

@@ -129,6 +129,7 @@ def test_half_precision_and_views_are_written_as_they_are(tmp_path):
     "config",
     [
         dataclasses.replace(CONFIG, lora_rank=0, image_encoder=False),
+        dataclasses.replace(CONFIG, image_encoder=False, prompt_mode="patch", clip_width=24),
         dataclasses.replace(CONFIG, control=dataclasses.replace(TINY, use_spm=False, window_attention=False)),
         dataclasses.replace(CONFIG, control=dataclasses.replace(TINY, use_dpm=False, control_input="lr+xt")),
     ],
@@ -138,6 +139,7 @@ def test_ablations_have_only_their_own_parts(tmp_path, config):
     write(path, checkpoint(config))
     assert read(path).config == config
     assert ("spm" in read(path).tensors) == config.control.use_spm
+    assert ("image_projection" in read(path).tensors) == bool(config.clip_width)
 
 
 def test_shared_files_can_be_read_by_others(good):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import clearsr_rig as rig
+import comfy.clip_vision
 import comfy.samplers
 import pytest
 import torch
@@ -248,6 +251,51 @@ def test_clip_vision_prompt(tiny, lr) -> None:
         choose(Bundle, {"image_embeds": torch.randn(1, 768)}, None)
     with pytest.raises(ValueError, match="has its own image encoder"):
         choose(tiny["clearsr"], {"image_embeds": embeds}, lr["latent"]["clearsr"])
+
+
+def test_clip_patch_tokens(tmp_path) -> None:
+    """The host's own CLIP model: pixels as training makes them, and hidden states projected by weights of the file."""
+    layout = {
+        "hidden_act": "gelu",
+        "hidden_size": 24,
+        "image_size": 28,
+        "intermediate_size": 32,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "num_hidden_layers": 2,
+        "patch_size": 14,
+        "projection_dim": 16,
+    }
+    (tmp_path / "clip.json").write_text(json.dumps(layout))
+    host = comfy.clip_vision.ClipVisionModel(str(tmp_path / "clip.json"))
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in host.model.state_dict().items()
+    }
+    host.load_sd(weights)
+    images = rig.images(2, 40, 25)
+    ours = rig.module("clearsr_core.clip_features").clip_pixels(images.movedim(-1, 1), 28)
+    assert torch.equal(ours, comfy.clip_vision.clip_preprocess(images, size=28, crop=False))
+
+    class Bundle:
+        config = rig.tiny_config(image_encoder=False, prompt_mode="patch", clip_width=24)
+        image_encoder = None
+        image_projection = {  # noqa: RUF012
+            "norm.weight": weights["vision_model.post_layernorm.weight"],
+            "norm.bias": weights["vision_model.post_layernorm.bias"],
+            "projection.weight": weights["visual_projection.weight"],
+        }
+        name = "file"
+
+    features = host.encode_image(images, crop=False)
+    choose = rig.module("nodes.control").decoder_prompt
+    tokens, said = choose(Bundle, features, None)
+    assert said is None and tokens.shape == (2, 5, 16)
+    # The first token is the class token, of which CLIP itself makes the pooled embedding.
+    torch.testing.assert_close(tokens[:, 0], features["image_embeds"].float(), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"16 features \(last_hidden_state\).*needs 24"):
+        choose(Bundle, {"last_hidden_state": torch.randn(1, 5, 16)}, None)
 
 
 def test_start_after_end_is_refused(tiny, lr) -> None:

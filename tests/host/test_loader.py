@@ -96,6 +96,43 @@ def test_connected_model_and_vae_are_used_and_loading_again_replaces(tiny, basel
     assert off.patches == {}
 
 
+def test_another_base_of_the_same_size_is_told(monkeypatch, tiny, lr, caplog) -> None:
+    """By the weights from before any LoRA, merged ones included; a rounded copy is the same base; never an error."""
+    config = rig.tiny_config()
+    monkeypatch.setattr(config_module, "SD21_NETWORKS", config.base)
+    checks, prints = rig.module("nodes.model_checks"), rig.module("clearsr_core.fingerprint")
+    small = dataclasses.replace(config, base=None, latent_rgb=None, image_encoder=False)
+    stored = checkpoints.read(rig.MODELS / tiny["name"]).tensors["base.unet"]
+    names = rig.module("clearsr_core.key_maps").unet_from_host(stored, config.control)
+    rounded = prints.unet_fingerprint({name: value.bfloat16() for name, value in names.items()})
+    other = prints.unet_fingerprint({name: 0.9 * value for name, value in names.items()})
+
+    def told(fingerprint, model):
+        caplog.clear()
+        changed = dataclasses.replace(small, base_fingerprint=fingerprint)
+        name = rig.write("printed.safetensors", rig.tiny_checkpoint(changed, seed=1))
+        adapted, _, clearsr = load(name, model=model, vae=tiny["vae"])
+        return adapted, clearsr, "not the base model that 'printed.safetensors' was trained on" in caplog.text
+
+    adapted, _, said = told(rounded, tiny["model"])
+    assert not said
+    weight(adapted, next(iter(adapted.patches)))  # the host merges the LoRA
+    assert not told(rounded, adapted)[2]
+    assert not told("", tiny["model"])[2]
+    adapted, clearsr, said = told(other, tiny["model"])
+    assert said
+    # Control Apply says it only of a MODEL that no loader has compared.
+    bare = tiny["model"].clone()
+    bare.remove_attachments("clearsr")
+    for model, expected in ((adapted, False), (bare, True)):
+        caplog.clear()
+        rig.run("ClearSRControlApply", model=model, clearsr=clearsr, lr_latent=lr["latent"])
+        assert ("is not the base model" in caplog.text) == expected
+    quantised = dataclasses.replace(small, base_fingerprint=other)
+    assert checks.other_base("Node", rig.host_model(comfy.supported_models.SD20, {}), small, "file") is None
+    assert checks.other_base("Node", tiny["model"], quantised, "file") is not None
+
+
 def test_other_loras_stay(tiny, baseless) -> None:
     other = tiny["model"].clone()
     other.add_patches({"diffusion_model.out.2.weight": (torch.zeros(4, 32, 3, 3),)}, 0.7)

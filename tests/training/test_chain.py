@@ -12,6 +12,7 @@ from PIL import Image
 from clearsr_core import checkpoint
 from training import degradation, models, prepare, restore, snapshot, train
 from training.autoencoder import build_autoencoder, normalise_latents
+from training.base_model import BaseModel
 from training.clearsr_model import ClearSRModel
 from training.latents import FixedCrops
 from training.photographs import Photographs, read_rgb
@@ -64,13 +65,13 @@ def test_checkpoint_is_whole_and_small(chain: Path) -> None:
 
 def test_exactly_the_declared_parameters_move(chain: Path) -> None:
     """The base is untouched; DPM, SPM, both LoRAs and the image encoder are not what they started as."""
-    base = models.BaseModel.load(chain / "base")
+    base = BaseModel.load(chain / "base")
     model = ClearSRModel.from_checkpoint(chain / "nano" / "clearsr.safetensors")
     for name, value in base.unet.state_dict().items():
         torch.testing.assert_close(models.without_lora(model.unet)[name], value.half().float(), msg=name)
     for name, value in base.vae.state_dict().items():
         torch.testing.assert_close(model.vae.state_dict()[name], value.half().float(), msg=name)
-    fresh = ClearSRModel(models.BaseModel.load(chain / "base"), model.control.config, 16, "pooled", 0)
+    fresh = ClearSRModel(BaseModel.load(chain / "base"), model.control.config, 16, "pooled", 0)
     trained = model.trainable()
     moved = {name for name, value in fresh.trainable().items() if not torch.equal(value.half(), trained[name].half())}
     for part in ("dpm.", "spm.", "unet_lora.", "vae_lora."):
@@ -116,7 +117,7 @@ def test_fixed_pairs_are_made_once_and_a_resumed_run_is_the_same_run(chain: Path
 def test_decoder_learns_alone_and_latents_stay(chain: Path, tmp_path: Path) -> None:
     command = _continued(chain, tmp_path, "--preset=nano_autoencoder", "--widths=32,32,32,32", "--freeze_encoder=true")
     assert train.main([*command, "--steps=2", "--ema=0"]) == 0
-    before = models.BaseModel.load(chain / "nano" / "clearsr.safetensors").vae.state_dict()
+    before = BaseModel.load(chain / "nano" / "clearsr.safetensors").vae.state_dict()
     after = models.AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
     moved = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {"decoder", "post_quant_conv"}
@@ -130,8 +131,8 @@ def test_a_base_is_trained_further_from_a_file(chain: Path, tmp_path: Path) -> N
     shared = ["--preset=nano_base", "--widths=32,32,64,64", "--context_dim=16", f"--vae={chain}/autoencoder/vae"]
     command = _continued(chain, tmp_path, *shared, f"--cache={chain}/latents.safetensors", "--crops=4", "--steps=1")
     assert train.main([*command, "--learning_rate=1e-9", "--ema=0"]) == 0
-    start = models.BaseModel.load(chain / "nano" / "clearsr.safetensors").unet.state_dict()
-    trained = models.BaseModel.load(tmp_path).unet.state_dict()
+    start = BaseModel.load(chain / "nano" / "clearsr.safetensors").unet.state_dict()
+    trained = BaseModel.load(tmp_path).unet.state_dict()
     for name, value in start.items():
         torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-7)
 
@@ -154,7 +155,7 @@ def test_trainable_parts_are_the_papers(chain: Path) -> None:
 
 def test_no_graph_grows_through_the_frozen_encoder(chain: Path) -> None:
     """Residuals enter only the decoder, so that the UNet's down and middle blocks need no graph (decision 0010)."""
-    model = ClearSRModel(models.BaseModel.load(chain / "base"), _config(chain), 16, "pooled", 0)
+    model = ClearSRModel(BaseModel.load(chain / "base"), _config(chain), 16, "pooled", 0)
     seen: dict[str, bool] = {}
     for name in ("down_blocks.3", "mid_block", "up_blocks.0"):
         module = model.unet.get_submodule(name)
@@ -183,8 +184,8 @@ def test_image_prompt_reaches_the_decoder_only(chain: Path) -> None:
 
 def test_untrained_model_is_the_base(chain: Path) -> None:
     """Zero output convolutions and zero LoRA: eps is the plain UNet's, to rounding (peft splits projections)."""
-    model = ClearSRModel(models.BaseModel.load(chain / "base"), _config(chain), 16, "null", 0)
-    base = models.BaseModel.load(chain / "base")
+    model = ClearSRModel(BaseModel.load(chain / "base"), _config(chain), 16, "null", 0)
+    base = BaseModel.load(chain / "base")
     generator = torch.Generator().manual_seed(4)
     x_t, lr = torch.randn(2, 2, 4, 16, 16, generator=generator)
     t = torch.tensor([10, 900])
@@ -287,7 +288,7 @@ def test_shards_and_workers_train_the_same_run(chain: Path, tmp_path: Path) -> N
 
 def test_sharpened_crops_in_chunked_order_are_another_set(chain: Path, tmp_path: Path) -> None:
     photographs = Photographs(chain / "photographs", 64, order="chunked", seed=3)
-    vae = models.BaseModel.load(chain / "base").vae
+    vae = BaseModel.load(chain / "base").vae
     crops = [
         FixedCrops(photographs, vae, 64, 4, 3, tmp_path / f"{usm}.safetensors", "cpu", usm) for usm in (False, True)
     ]

@@ -1,0 +1,216 @@
+"""The frozen Stable Diffusion 2 model that ClearSR stands on, from whatever form the user has it in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clearsr_core import checkpoint
+from clearsr_core.checkpoint import Checkpoint
+from clearsr_core.config import SD21_NETWORKS, BaseConfig
+from clearsr_core.key_maps import unet_from_host, vae_from_host
+from clearsr_core.safetensors_header import read_safetensors_header
+
+from . import empty_prompt
+from .models import build_autoencoder, build_unet
+from .single_file import HELP, read_single_file, refuse_v_prediction
+
+NULL_TEXT_FILE = "null_text.safetensors"
+RANDOM = Path("random")
+_TOKENS = 77
+_SPREAD = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+
+
+@dataclass
+class BaseModel:
+    """A Stable Diffusion 2 model as ClearSR stands on it: frozen UNet, frozen VAE, the empty prompt."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    null_text: Tensor  # (tokens, context width)
+
+    @classmethod
+    def load(cls, source: Path, widths: tuple[int, ...] = SD21_NETWORKS.unet_widths, seed: int = 0) -> BaseModel:
+        """Read a base model to the CPU in float32; nothing is downloaded, and only safetensors files are read.
+
+        Args:
+            source: a folder in diffusers' layout, a checkpoint in the original layout, a self-contained ClearSR file,
+                or `random`: weights drawn from `seed`, for a trial run without any model.
+            widths: of the random UNet.
+            seed: of the random weights.
+
+        Raises:
+            ValueError: it is something else; one sentence that says what, and what to do.
+        """
+        if source == RANDOM and not source.exists():
+            return cls.random(random_networks(widths), seed)
+        if source.is_dir():
+            return cls.from_folder(source)
+        header = read_safetensors_header(source, "Stable Diffusion 2.1-base")
+        if "clearsr.format" in header.metadata:
+            return cls.from_checkpoint(checkpoint.read(source))
+        return cls.from_single_file(source)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> BaseModel:
+        """Read a folder with `unet` and `vae` (diffusers layout), and `null_text.safetensors` or `text_encoder`."""
+        for part in ("unet", "vae"):
+            _check_part(folder, part)
+        _check_unet_config(folder)
+        null_text = _folder_null_text(folder)
+        try:
+            unet, unet_report = UNet2DConditionModel.from_pretrained(folder / "unet", **_options(folder / "unet"))
+            vae, vae_report = AutoencoderKL.from_pretrained(folder / "vae", **_options(folder / "vae"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"--base={folder} cannot be read ({error}). Please download or copy it again.") from error
+        for part, report in (("unet", unet_report), ("vae", vae_report)):
+            # diffusers would go on with random numbers in their place.
+            absent = sorted(report["missing_keys"])
+            if absent:
+                raise ValueError(f"--base={folder} lacks {len(absent)} weights in {part} ({absent[0]}, ...). {HELP}")
+        refuse_v_prediction(folder, unet.state_dict().get(_SPREAD), unet.config.block_out_channels)
+        width = unet.config.cross_attention_dim
+        if null_text.ndim != 2 or null_text.shape[1] != width:
+            raise ValueError(
+                f"--base={folder} has an empty prompt of the shape {tuple(null_text.shape)}, but its UNet reads text "
+                f"that is {width} wide: text encoder and UNet are of different models."
+            )
+        return cls(unet.float().eval(), vae.float().eval(), null_text)
+
+    @classmethod
+    def from_single_file(cls, path: Path, networks: BaseConfig = SD21_NETWORKS) -> BaseModel:
+        """Read a checkpoint in the original layout, as ComfyUI's Load Checkpoint takes it."""
+        unet_weights, vae_weights, text = read_single_file(path, networks)
+        if not text:
+            raise ValueError(
+                f"{path} has no text encoder (cond_stage_model.model), which the empty prompt comes from. Please give "
+                "a checkpoint that has one, or a folder in diffusers' layout with null_text.safetensors."
+            )
+        try:
+            null_text = empty_prompt.from_openclip(text)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} has a text encoder that cannot be used ({error}). {HELP}") from error
+        model = cls._empty(networks, null_text)
+        model.unet.load_state_dict(unet_weights, assign=True)
+        model.vae.load_state_dict(vae_weights, assign=True)
+        return model
+
+    @classmethod
+    def from_checkpoint(cls, stored: Checkpoint) -> BaseModel:
+        """Take the base out of a self-contained ClearSR file."""
+        networks, tensors = stored.config.base, stored.tensors
+        if networks is None:
+            raise ValueError(
+                "This ClearSR file carries no base model: give --base=FOLDER of Stable Diffusion 2.1-base."
+            )
+        model = cls._empty(networks, tensors["null_text"][""].float())
+        unet = unet_from_host(tensors["base.unet"], stored.config.control)
+        vae = vae_from_host(tensors["base.vae"], networks)
+        # The file holds half precision.
+        model.unet.load_state_dict({name: value.float() for name, value in unet.items()}, assign=True)
+        model.vae.load_state_dict({name: value.float() for name, value in vae.items()}, assign=True)
+        return model
+
+    @classmethod
+    def random(cls, networks: BaseConfig, seed: int) -> BaseModel:
+        """Draw every weight from `seed`; torch's own generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups)
+            vae = build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+            null_text = torch.randn(_TOKENS, networks.context_dim)
+        return cls(unet.eval(), vae.eval(), null_text)
+
+    @classmethod
+    def _empty(cls, networks: BaseConfig, null_text: Tensor) -> BaseModel:
+        """Build the networks without weights, which drawing and overwriting would cost a minute for."""
+        with torch.device("meta"):
+            unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups)
+            vae = build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+        return cls(unet.eval(), vae.eval(), null_text)
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that `load` reads."""
+        self.unet.save_pretrained(folder / "unet")
+        self.vae.save_pretrained(folder / "vae")
+        save_file({"null_text": self.null_text.detach().float().contiguous()}, folder / NULL_TEXT_FILE)
+
+
+def random_networks(widths: tuple[int, ...]) -> BaseConfig:
+    """Return SD 2.1's networks with another UNet: as wide as `widths`, autoencoder in proportion, text 1024 wide."""
+    if widths == SD21_NETWORKS.unet_widths:
+        return SD21_NETWORKS
+    if len(widths) != len(SD21_NETWORKS.unet_widths) or any(width < 32 for width in widths):
+        raise ValueError(f"--base_widths={','.join(map(str, widths))}: give four numbers of at least 32.")
+    head = next((channels for channels in (64, 32) if all(width % channels == 0 for width in widths)), 32)
+    first = max(32, SD21_NETWORKS.vae_widths[0] * widths[0] // SD21_NETWORKS.unet_widths[0] // 32 * 32)
+    try:
+        return BaseConfig(widths, head, SD21_NETWORKS.context_dim, (first, 2 * first, 4 * first, 4 * first), 2)
+    except ValueError as error:
+        raise ValueError(f"--base_widths={','.join(map(str, widths))}: {error}.") from error
+
+
+def _check_part(folder: Path, part: str) -> None:
+    """Refuse a folder whose part is missing or has no safetensors; then whole files, because diffusers says less."""
+    path = folder / part
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"--base={folder} has no {part}/config.json. Give a folder in diffusers' layout, the out folder of a "
+            "finished base stage, a .safetensors checkpoint, or --base=random for a trial run."
+        )
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"--base={folder} has no .safetensors in {part}; pickles (.bin, .ckpt) are not read.")
+    for file in files:
+        read_safetensors_header(file, f"{part} of Stable Diffusion 2.1-base")
+
+
+def _options(path: Path) -> dict[str, str | bool]:
+    """Return how to read a part; repositories that hold half precision only mark it in the names of the files."""
+    half = all(".fp16." in file.name for file in path.glob("*.safetensors"))
+    options: dict[str, str | bool] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    return {**options, "variant": "fp16"} if half else options
+
+
+def _check_unet_config(folder: Path) -> None:
+    """Tell the models that are often given instead by their configuration, before gigabytes are read."""
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    found = None
+    if config.get("addition_embed_type") == "text_time" or (folder / "text_encoder_2").exists():
+        found = "SDXL"
+    elif config.get("cross_attention_dim") == 768:
+        found = "Stable Diffusion 1.x (its text is 768 wide)"
+    elif config.get("in_channels", 4) != 4:
+        found = f"an inpainting, depth or edit model with {config['in_channels']} input channels"
+    elif not config.get("use_linear_projection", False) or config.get("class_embed_type") is not None:
+        found = "no Stable Diffusion 2 model, by the configuration of its UNet"
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if found is None and scheduler.is_file():
+        prediction = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+        if prediction != "epsilon":
+            found = f"a model with {prediction} (Stable Diffusion 2.1-768 is one); ClearSR needs epsilon"
+    if found is not None:
+        raise ValueError(f"--base={folder} is {found}. {HELP}")
+
+
+def _folder_null_text(folder: Path) -> Tensor:
+    """Return the empty prompt of a folder: stored, or made by its text encoder."""
+    if (folder / NULL_TEXT_FILE).is_file():
+        stored = load_file(folder / NULL_TEXT_FILE)
+        if "null_text" not in stored:
+            raise ValueError(f"{folder / NULL_TEXT_FILE} holds no tensor null_text. Please write it again.")
+        return stored["null_text"].float()
+    if not (folder / "text_encoder" / "config.json").is_file():
+        raise ValueError(
+            f"--base={folder} has neither {NULL_TEXT_FILE} nor text_encoder, one of which the empty prompt comes from. "
+            "Please copy the folder text_encoder of Stable Diffusion 2.1-base into it."
+        )
+    _check_part(folder, "text_encoder")
+    return empty_prompt.from_folder(folder / "text_encoder")
