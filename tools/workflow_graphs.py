@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 NANO = "clearsr-nano-v0.safetensors"
+# Measured on the first crops of RealSR (docs/NANO.md); the paper's 50 steps the whole way are the node's own defaults.
+NANO_SAMPLING: dict[str, object] = {"steps": 10, "denoise": 0.5, "strength_rule": "over the phase"}
 WIDTH = 320
 
 
@@ -68,8 +70,13 @@ Start with both at 0, then try 0.02 to 0.05. Moving only beta repeats only the l
 )
 
 
-def _upscale(*, checkpoint: str, base: dict[str, Node], clip: Link | None, prefix: str) -> dict[str, Node]:
-    """The four ClearSR nodes and the colour fix; `base` and `clip` are what a file without a base model needs."""
+def _upscale(
+    *, checkpoint: str, base: dict[str, Node], clip: Link | None, prefix: str, sampling: dict[str, object]
+) -> dict[str, Node]:
+    """The four ClearSR nodes and the colour fix.
+
+    `base` and `clip` are what a file without a base model needs, `sampling` the widgets that differ from the node's.
+    """
     loader: dict[str, object] = {"checkpoint": checkpoint}
     if base:
         loader |= {"model": Link("base", 0), "vae": Link("base", 2)}
@@ -86,7 +93,7 @@ def _upscale(*, checkpoint: str, base: dict[str, Node], clip: Link | None, prefi
         "loader": Node("ClearSRLoader", loader),
         "encode": Node("ClearSRLREncode", {"clearsr": Link("loader", 2), "image": Link("image", 0)}),
         "control": Node("ClearSRControlApply", control),
-        "sampler": Node("ClearSRLSAKSampler", {"model": Link("control"), "lr_latent": Link("encode", 0)}),
+        "sampler": Node("ClearSRLSAKSampler", {"model": Link("control"), "lr_latent": Link("encode", 0), **sampling}),
         "decode": Node("VAEDecode", {"samples": Link("sampler"), "vae": Link("loader", 1)}),
         "colour": Node("ClearSRColorFix", {"image": Link("decode"), "reference": Link("encode", 1)}),
         "save": Node("SaveImage", {"images": Link("colour"), "filename_prefix": prefix}, "Result"),
@@ -95,7 +102,7 @@ def _upscale(*, checkpoint: str, base: dict[str, Node], clip: Link | None, prefi
 
 
 CLEARSR_X4 = Graph(
-    nodes=_upscale(checkpoint=NANO, base={}, clip=None, prefix="ClearSR"),
+    nodes=_upscale(checkpoint=NANO, base={}, clip=None, prefix="ClearSR", sampling=NANO_SAMPLING),
     notes={
         "about": Note(
             "ClearSR x4",
@@ -129,11 +136,12 @@ CLEARSR_X4_SD21 = Graph(
                 "CLIPVisionLoader", {"clip_name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"}, "CLIP ViT-H"
             ),
             "features": Node(
-                "CLIPVisionEncode", {"clip_vision": Link("clip"), "image": Link("image", 0), "crop": "none"}
+                "CLIPVisionEncode", {"clip_vision": Link("clip"), "image": Link("encode", 1), "crop": "none"}
             ),
         },
         clip=Link("features"),
         prefix="ClearSR_SD21",
+        sampling={},
     ),
     notes={
         "about": Note(
@@ -153,8 +161,8 @@ Without them, use the workflow *clearsr_x4*.
     },
     columns=(
         Column("1  Picture", ("about", "image")),
-        Column("2  Base model", ("base", "clip", "features"), width=360),
-        Column("3  Model and low-resolution latent", ("loader", "encode"), width=360),
+        Column("2  Base model", ("base", "clip"), width=360),
+        Column("3  Model and low-resolution latent", ("loader", "encode", "features"), width=360),
         Column("4  Control and sampling", ("control", "sampler"), width=360),
         Column("5  Decoding", ("decode", "colour", "sliders")),
         Column("Before", ("compare",), width=520),

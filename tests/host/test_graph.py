@@ -10,9 +10,9 @@ from PIL import Image
 def graph(checkpoint: str, width: int, height: int, **sampler) -> dict:
     """EmptyImage -> the four nodes -> VAE Decode -> Color Fix -> Save Image."""
     empty = {"width": width, "height": height, "batch_size": 1, "color": 0x4060A0}
-    sampling = {"seed": 1, "steps": 3, "cfg": 1.0, "sampler_name": "ddpm", "scheduler": "ddpm_leading", "alpha": 0.01}
-    sampling |= {"beta": 0.01, "ela_end": 0.3, "lla_start": 0.88, "target": "step (paper)", "start_from_lr": True}
-    sampling |= {"strength_rule": "per step (paper)", **sampler}
+    sampling = {"seed": 1, "steps": 3, "cfg": 1.0, "sampler_name": "ddpm", "scheduler": "ddpm_leading"}
+    sampling |= {"denoise": 1.0, "alpha": 0.01, "beta": 0.01, "ela_end": 0.3, "lla_start": 0.88}
+    sampling |= {"target": "step (paper)", "start_from_lr": True, "strength_rule": "per step (paper)", **sampler}
     loader = {"checkpoint": checkpoint, "lora_strength": 1.0, "encoder_lora_strength": 1.0}
     encode = {"clearsr": ["1", 2], "image": ["2", 0], "scale": 4.0, "width": 0, "height": 0, "resize": "bicubic"}
     apply = {"model": ["1", 0], "clearsr": ["1", 2], "lr_latent": ["3", 0], "dpm_strength": 1.0, "spm_strength": 1.0}
