@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--beta", default="0,0.02,0.05", help="betas to try with alpha 0")
     parser.add_argument("--steps", type=int, help="of LSA KSampler (default: the workflow's)")
     parser.add_argument("--denoise", type=float, help="of LSA KSampler (default: the workflow's)")
+    parser.add_argument("--strength_rule", help="of LSA KSampler (default: the workflow's)")
     parser.add_argument("--method", help="of ClearSR Color Fix (default: the workflow's)")
     parser.add_argument("--comfyui", default=hosts.NEWEST, choices=hosts.VERSIONS)
     parser.add_argument("--baselines", default="bicubic,realesrgan")
@@ -83,11 +84,17 @@ def main(arguments: list[str]) -> int:
     checkpoint = ROOT / "models" / only_node(prompt, "ClearSRLoader")[1]["checkpoint"]
     identity = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
     sampler, colour_fix = (only_node(prompt, name)[1] for name in ("ClearSRLSAKSampler", "ClearSRColorFix"))
-    for inputs, name in ((sampler, "steps"), (sampler, "denoise"), (colour_fix, "method")):
+    for inputs, name in (
+        (sampler, "steps"),
+        (sampler, "denoise"),
+        (sampler, "strength_rule"),
+        (colour_fix, "method"),
+    ):
         if getattr(options, name) is not None:
             inputs[name] = getattr(options, name)
+    rule = "_".join(str(sampler["strength_rule"]).split()[:2])
     out = options.out.resolve() / "_".join(
-        [identity, f"{sampler['steps']}x{sampler['denoise']:g}", colour_fix["method"], options.comfyui]
+        [identity, f"{sampler['steps']}x{sampler['denoise']:g}", rule, colour_fix["method"], options.comfyui]
     )
 
     python = environment.ensure("test")
