@@ -40,6 +40,8 @@ class ClearSRSettings(DataSettings):
     freeze_encoders: bool = False  # hold E' and the image encoder still: each crop is degraded and encoded only once
     pair_cache: Path = Path("runs/pairs.safetensors")  # what freeze_encoders keeps
     rank: int = 16  # of both LoRAs
+    vae_lora: bool = True  # off: x_lr comes from the plain encoder (Tab. 3)
+    unet_lora: bool = True  # off: the UNet's decoder stays as it is (Tab. 3)
     prompt_dropout: float = 0.1  # share of batches that see the empty prompt instead of p
     degradation: Literal["paper", "light"] = "paper"
     usm: bool = False  # sharpen every crop by unsharp masking before it is encoded and degraded
@@ -119,9 +121,14 @@ class ClearSRStage:
         self.batches = Ahead(self.batch, settings.seed, settings.steps, settings.workers)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        reads_pixels = ("vae_lora.", "image_encoder.")
-        still = self.settings.freeze_encoders
-        return {name: value for name, value in self.weights().items() if not still or not name.startswith(reads_pixels)}
+        settings = self.settings
+        held = {
+            "vae_lora.": settings.freeze_encoders or not settings.vae_lora,
+            "image_encoder.": settings.freeze_encoders,
+            "unet_lora.": not settings.unet_lora,
+        }
+        still = tuple(part for part, stands in held.items() if stands)
+        return {name: value for name, value in self.weights().items() if not name.startswith(still)}
 
     def weights(self) -> dict[str, nn.Parameter]:
         return self.model.trainable()

@@ -47,6 +47,18 @@ def test_every_option_of_the_method_trains_and_runs(chain: Path, tmp_path: Path,
     assert torch.isfinite(result).all()
 
 
+@pytest.mark.parametrize("part", ["vae_lora", "unet_lora"])
+def test_a_lora_that_is_off_stays_silent(chain: Path, tmp_path: Path, part: str) -> None:
+    """Tab. 3: without its LoRA a network is the base's (the second factor stays zero), and the rest learns."""
+    settings = ["--preset=nano", f"--base={chain}/base", f"--cache={chain}/latents.safetensors", "--crops=4", "--ema=0"]
+    command = [f"--data={chain}/photographs", "--steps=2", "--threads=1", "--crop=64", "--batch=1", "--warmup=0"]
+    assert train.main([*command, *settings, "--validate_every=0", f"--{part}=false", f"--out={tmp_path}"]) == 0
+    tensors = checkpoint.read(tmp_path / "clearsr.safetensors").tensors
+    for lora in ("vae_lora", "unet_lora"):
+        moved = any(value.any() for name, value in tensors[lora].items() if name.endswith("lora_B.weight"))
+        assert moved == (lora != part), lora
+
+
 def test_checkpoint_tells_its_origin_but_no_paths(chain: Path) -> None:
     training = checkpoint.read(chain / "nano" / "clearsr.safetensors").training
     assert training["photographs"] == 2
