@@ -21,7 +21,8 @@ from .environment import ROOT
 from .hosts import Host
 from .terminal import ToolError, run_command, say
 
-# Order as in ComfyUI's main.py: arguments before anything that reads them, its `utils` before its `nodes`.
+# Order as in ComfyUI's main.py: arguments before anything that reads them, its `utils` before its `nodes`. Its parser of
+# pyproject.toml is its own cost: its extra nodes, loaded before any pack, bring that in.
 _PROGRAM = """
 import asyncio, json, sys, time
 tree, base, pack = sys.argv[1:4]
@@ -35,6 +36,7 @@ loop = asyncio.new_event_loop()
 asyncio.set_event_loop(loop)
 server.PromptServer(loop)
 loop.run_until_complete(nodes.init_public_apis())
+from comfy_config import config_parser
 host = time.perf_counter() - began
 began = time.perf_counter()
 loaded = loop.run_until_complete(nodes.load_custom_node(pack))
