@@ -21,8 +21,8 @@ from .environment import ROOT
 from .hosts import Host
 from .terminal import ToolError, run_command, say
 
-# Order as in ComfyUI's main.py: arguments before anything that reads them, its `utils` before its `nodes`. Its parser of
-# pyproject.toml is its own cost: its extra nodes, loaded before any pack, bring that in.
+# Order as in ComfyUI's main.py: arguments before anything that reads them, its `utils` before its `nodes`. The parser
+# of pyproject.toml is the host's own cost: its extra nodes, loaded before any pack, bring that in.
 _PROGRAM = """
 import asyncio, json, sys, time
 tree, base, pack = sys.argv[1:4]
