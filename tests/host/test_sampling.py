@@ -33,6 +33,23 @@ def sample(model, lr, **settings):
     return rig.run("ClearSRLSAKSampler", model=model, lr_latent=lr["latent"], **values)["samples"]
 
 
+def stock_ksampler(model, latent, text, sampler_name, denoise):
+    """ComfyUI's own KSampler with the settings of `sample`."""
+    return rig.run(
+        "KSampler",
+        model=model,
+        seed=3,
+        steps=4,
+        cfg=1.0,
+        sampler_name=sampler_name,
+        scheduler="normal",
+        positive=text,
+        negative=text,
+        latent_image=latent,
+        denoise=denoise,
+    )["samples"]
+
+
 def reference_loop(loaded, lr, steps, lsa, spacing="leading", seed=3, from_lr=True, denoise=1.0):
     """Spaced DDPM with LSA in the variance-preserving scale, written with clearsr_core alone (decisions 0007, 0008)."""
     comfy.model_management.load_models_gpu([loaded["model"]])
@@ -134,19 +151,8 @@ def test_alpha_pulls_towards_and_beta_pushes_away(controlled, lr) -> None:
 )
 def test_off_equals_the_stock_ksampler(controlled, lr, text, sampler_name) -> None:
     """alpha = beta = 0 from noise alone is KSampler on an empty latent, bit for bit."""
-    stock = rig.run(
-        "KSampler",
-        model=controlled,
-        seed=3,
-        steps=4,
-        cfg=1.0,
-        sampler_name=sampler_name,
-        scheduler="normal",
-        positive=text,
-        negative=text,
-        latent_image={"samples": torch.zeros_like(lr["latent"]["samples"])},
-        denoise=1.0,
-    )["samples"]
+    empty = {"samples": torch.zeros_like(lr["latent"]["samples"])}
+    stock = stock_ksampler(controlled, empty, text, sampler_name, denoise=1.0)
     ours = sample(controlled, lr, sampler_name=sampler_name, scheduler="normal", start_from_lr=False)
     assert torch.equal(ours, stock)
 
@@ -154,19 +160,7 @@ def test_off_equals_the_stock_ksampler(controlled, lr, text, sampler_name) -> No
 @pytest.mark.parametrize("sampler_name", ["euler", "dpmpp_2m"])
 def test_off_below_full_denoise_equals_the_stock_ksampler(controlled, lr, text, sampler_name) -> None:
     """alpha = beta = 0 at denoise 0.6 is KSampler on x_lr, bit for bit."""
-    stock = rig.run(
-        "KSampler",
-        model=controlled,
-        seed=3,
-        steps=4,
-        cfg=1.0,
-        sampler_name=sampler_name,
-        scheduler="normal",
-        positive=text,
-        negative=text,
-        latent_image=lr["latent"],
-        denoise=0.6,
-    )["samples"]
+    stock = stock_ksampler(controlled, lr["latent"], text, sampler_name, denoise=0.6)
     assert torch.equal(sample(controlled, lr, sampler_name=sampler_name, scheduler="normal", denoise=0.6), stock)
 
 
