@@ -254,7 +254,7 @@ class Server:
         command += ["--disable-api-nodes", "--disable-auto-launch", *arguments]
         if self.host.frontend is not None:
             # The environment of the tests; a user's own ComfyUI chooses device and attention itself. On a CPU, torch's
-            # attention took less processor time than ComfyUI's own choice, most of all in the kernel, which hands out memory.
+            # attention took less processor time than ComfyUI's own choice, most of all for handing out memory.
             command += ["--cpu", "--use-pytorch-cross-attention"]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
         environment.pop("PYTHONPATH", None)
