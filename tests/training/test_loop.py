@@ -6,12 +6,14 @@ import dataclasses
 import json
 import multiprocessing
 import random
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.training.toy import Toy, ToyBatch, settings
 from training import loop, run_folder, snapshot
@@ -192,3 +194,55 @@ def test_half_precision_is_autocast_around_float32_weights(tmp_path: Path) -> No
     assert loop.run(Looker(), settings(tmp_path, steps=1, precision="bfloat16"), {})
     assert seen[0] == torch.bfloat16
     assert {value.dtype for value in final_state(tmp_path).values()} == {torch.float32}
+
+
+def test_compiled_modules_keep_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that compiles nothing: what counts here is that the run stays the same run."""
+    compiled = []
+
+    def compile_in_place(module: nn.Module) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_in_place)
+    loop.run(Toy(), settings(tmp_path / "compiled", compile=True), {})
+    loop.run(Toy(), settings(tmp_path / "plain"), {})
+    assert len(compiled) == 1
+    expected, found = final_state(tmp_path / "plain"), final_state(tmp_path / "compiled")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+class EightBit(torch.optim.SGD):
+    """Has the state of bitsandbytes' AdamW8bit: codes of 8 bits, their scales, and a plain number of steps."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        assert betas == (0.9, 0.999)
+        assert weight_decay == 0.0
+        super().__init__(parameters, lr=lr)
+
+    def step(self, closure: None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            assert isinstance(state["step"], int)
+            codes = state.get("state1", torch.zeros(parameter.numel(), dtype=torch.uint8))
+            assert codes.dtype == torch.uint8
+            state["state1"] = codes + 3
+            parameter.data.add_(codes.float().view_as(parameter), alpha=-1e-4 * state["step"])
+
+
+def test_eight_bit_moments_are_stored_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=EightBit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    loop.run(Toy(), settings(tmp_path / "whole", steps=12, optimizer="adamw8bit"), {})
+    for steps in (5, 12):
+        loop.run(Toy(), settings(tmp_path / "halves", steps=steps, optimizer="adamw8bit"), {})
+    expected, found = final_state(tmp_path / "whole"), final_state(tmp_path / "halves")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        loop.run(Toy(), settings(tmp_path / "none", optimizer="adamw8bit"), {})
