@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batches import Ahead, DataSettings
 from .linear_start import fit_ends, start_linear
 from .models import LATENT_SCALE, build_autoencoder
 from .perceptual import EffLite
 from .photographs import Photographs
+from .randomness import generator_for
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,42 @@ class AutoencoderSettings(DataSettings):
     batch: int = 4
     crop: int = 96  # pixels, a multiple of 8
     freeze_encoder: bool = False  # the decoder alone learns: latents, and all that was trained on them, stay valid
-    workers: int = 0  # threads that cut the crops of later steps
     candidates: int = 3  # crops drawn for each one used; the most detailed is taken
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
     coarse_weight: float = 0.5  # of the L1 between 8x8 means; without it a short training spends the latent on edges
 
 
+class CropBatch(NamedTuple):
+    """Crops and the noise of their latents."""
+
+    images: Tensor  # (B, 3, crop, crop) in [-1, 1]
+    noise: Tensor  # (B, 4, crop / 8, crop / 8)
+
+
+class Reconstruction(nn.Module):
+    """L1 + EffLite between crops and what the autoencoder makes of them, and a faint pull towards a unit Gaussian."""
+
+    def __init__(self, settings: AutoencoderSettings, model: AutoencoderKL) -> None:
+        super().__init__()
+        self.settings, self.model, self.perceptual = settings, model, EffLite()
+
+    def forward(self, batch: CropBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, images = self.settings, batch.images
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not settings.freeze_encoder):
+            posterior = self.model.encode(images).latent_dist
+        restored = self.model.decode(posterior.mean + posterior.std * batch.noise).sample
+        l1 = (restored - images).abs().mean()
+        perceptual = self.perceptual.distance(restored, images).mean()
+        kl = posterior.kl().mean()
+        coarse = torch.nn.functional.avg_pool2d(restored - images, 8).abs().mean()
+        loss = l1 + settings.perceptual_weight * perceptual + settings.coarse_weight * coarse + settings.kl_weight * kl
+        psnr = -10 * torch.log10((restored.detach() - images).square().mean() / 4 + 1e-12)
+        return loss, {"l1": l1.detach(), "coarse": coarse.detach(), "efflite": perceptual.detach(), "psnr": psnr}
+
+
 class AutoencoderStage:
-    """Reconstruction (L1 + EffLite) with a faint pull of the posterior towards a unit Gaussian."""
+    """The autoencoder, from a linear start."""
 
     def __init__(self, settings: AutoencoderSettings) -> None:
         self.settings = settings
@@ -43,11 +72,9 @@ class AutoencoderStage:
             torch.manual_seed(settings.seed)
             self.model = build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
             start_linear(self.model)
-        self.perceptual = EffLite().to(settings.device)
         self.photographs = settings.photographs(settings.crop)
         fit_ends(self.model, self.photographs.crops(32, settings.crop, torch.Generator().manual_seed(settings.seed)))
-        self.model.to(settings.device)
-        self.batches = Ahead(self.batch, settings.seed, settings.steps, settings.workers)
+        self.module = Reconstruction(settings, self.model).to(settings.device)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         decoder = ("decoder.", "post_quant_conv.")
@@ -57,30 +84,24 @@ class AutoencoderStage:
     def weights(self) -> dict[str, torch.nn.Parameter]:
         return dict(self.model.named_parameters())
 
-    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the crops of a step, (B, 3, crop, crop) in [-1, 1], and the noise of their latents, (B, 4, h, w)."""
-        settings = self.settings
-        images = self.photographs.crops(
-            settings.batch, settings.crop, generator, settings.candidates, first=step * settings.batch
-        )
-        side = settings.crop // 8
-        return images, torch.randn((settings.batch, 4, side, side), generator=generator)
+    def start(self, rows: range) -> None:
+        self.rows = rows
+        self.batches = Ahead(self.make, self.settings.steps, self.settings.workers)
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def batch(self, step: int) -> CropBatch:
+        return self.batches.get(step)
+
+    def make(self, step: int) -> CropBatch:
+        """Cut the crops of a step; each follows from its number among all samples of the run."""
         settings = self.settings
-        images, noise = (tensor.to(settings.device) for tensor in self.batches.get(step, generator))
-        with torch.set_grad_enabled(not settings.freeze_encoder):
-            posterior = self.model.encode(images).latent_dist
-        restored = self.model.decode(posterior.mean + posterior.std * noise).sample
-        l1 = (restored - images).abs().mean()
-        perceptual = self.perceptual.distance(restored, images).mean()
-        kl = posterior.kl().mean()
-        coarse = torch.nn.functional.avg_pool2d(restored - images, 8).abs().mean()
-        loss = l1 + settings.perceptual_weight * perceptual + settings.coarse_weight * coarse + settings.kl_weight * kl
-        with torch.no_grad():
-            psnr = -10 * torch.log10((restored - images).square().mean() / 4 + 1e-12)
-        figures = {"l1": l1, "coarse": coarse, "efflite": perceptual, "psnr": psnr}
-        return loss, {name: float(value.detach()) for name, value in figures.items()}
+        numbers = [step * settings.batch + row for row in self.rows]
+        images = [
+            self.photographs.crop(settings.crop, generator_for(settings.seed + 1, number), settings.candidates, number)
+            for number in numbers
+        ]
+        side = settings.crop // 8
+        noise = torch.randn((settings.batch, 4, side, side), generator=generator_for(settings.seed, step))
+        return CropBatch(torch.stack(images), noise[self.rows.start : self.rows.stop])
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         size = min(256, *(min(size) for size in self.photographs.sizes)) // 8 * 8

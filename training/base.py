@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import models
 from .base_model import BaseModel
-from .batches import DataSettings
-from .latents import FixedCrops
+from .batches import Ahead, DataSettings
+from .latents import Crops
+from .randomness import generator_for
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class BaseSettings(DataSettings):
     context_dim: int = 64  # Stable Diffusion 2.1: 1024
     batch: int = 32
     crop: int = 128  # pixels
-    crops: int = 12_000  # number of different crops
+    crops: int = 12_000  # number of different crops, encoded once; 0 = a new one every time
 
 
 def noise_schedule() -> DDPMScheduler:
@@ -38,12 +40,34 @@ def noise_schedule() -> DDPMScheduler:
     )
 
 
+class LatentBatch(NamedTuple):
+    """Everything random of one step."""
+
+    hq: Tensor  # (B, 4, h, w) latents in model units, or (B, 3, crop, crop) crops in [-1, 1] that are new every time
+    noise: Tensor  # (B, 4, h, w)
+    timesteps: Tensor  # (B,) 0 .. 999
+
+
+class NoisePrediction(nn.Module):
+    """Plain noise prediction (the loss of every latent diffusion model), with a learned empty prompt."""
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, null_text: Tensor) -> None:
+        super().__init__()
+        self.unet, self.vae, self.null_text = unet, vae, nn.Parameter(null_text)
+        self.schedule = noise_schedule()
+
+    def forward(self, batch: LatentBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        x_0 = batch.hq if batch.hq.shape[1] == 4 else models.encode(self.vae, batch.hq)
+        x_t = self.schedule.add_noise(x_0, batch.noise, batch.timesteps)
+        eps = self.unet(x_t, batch.timesteps, self.null_text.expand(len(x_t), -1, -1)).sample
+        return torch.nn.functional.mse_loss(eps.float(), batch.noise), {}
+
+
 class BaseStage:
-    """Plain noise prediction (the first term of every latent diffusion model), with a learned empty prompt."""
+    """A narrow UNet on the latents of photographs."""
 
     def __init__(self, settings: BaseSettings) -> None:
         self.settings = settings
-        self.schedule = noise_schedule()
         vae = AutoencoderKL.from_pretrained(settings.vae, local_files_only=True, use_safetensors=True)
         self.vae = vae.to(settings.device).eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
@@ -51,29 +75,36 @@ class BaseStage:
             self.unet = models.build_unet(
                 settings.widths, settings.head_channels, settings.context_dim, settings.norm_groups
             )
-            self.null_text = torch.nn.Parameter(torch.randn(1, settings.context_dim))
-        self.unet.to(settings.device)
-        self.null_text.data = self.null_text.data.to(settings.device)
+            null_text = torch.randn(1, settings.context_dim)
+        self.module = NoisePrediction(self.unet, self.vae, null_text).to(settings.device)
         photographs = settings.photographs(settings.crop)
-        self.crops = FixedCrops(
+        self.crops = Crops(
             photographs, self.vae, settings.crop, settings.crops, settings.seed, settings.cache, settings.device
         )
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {**{f"unet.{name}": value for name, value in self.unet.named_parameters()}, "null_text": self.null_text}
+        unet = {f"unet.{name}": value for name, value in self.unet.named_parameters()}
+        return {**unet, "null_text": self.module.null_text}
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
         return self.trainable()
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        settings = self.settings
-        latents = self.crops.latents[self.crops.draw(step, settings.batch, generator)]
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(1000, (settings.batch,), generator=generator)
-        x_t = self.schedule.add_noise(latents, noise, timesteps).to(settings.device)
-        context = self.null_text.expand(settings.batch, -1, -1)
-        eps = self.unet(x_t, timesteps.to(settings.device), context).sample
-        return torch.nn.functional.mse_loss(eps, noise.to(settings.device)), {}
+    def start(self, rows: range) -> None:
+        self.rows = rows
+        self.batches = Ahead(self.make, self.settings.steps, self.settings.workers)
+
+    def batch(self, step: int) -> LatentBatch:
+        return self.batches.get(step)
+
+    def make(self, step: int) -> LatentBatch:
+        """Draw everything random of one step, and return this process's rows of it."""
+        batch, side = self.settings.batch, self.settings.crop // 8
+        generator = generator_for(self.settings.seed, step)
+        indices = self.crops.draw(step, batch, generator)
+        noise = torch.randn((batch, 4, side, side), generator=generator)
+        timesteps = torch.randint(1000, (batch,), generator=generator)
+        share = slice(self.rows.start, self.rows.stop)
+        return LatentBatch(self.crops.hq(indices[share]), noise[share], timesteps[share])
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Write a sheet of unconditional samples."""
@@ -83,7 +114,7 @@ class BaseStage:
         side = self.settings.crop // 8
         x_t = torch.randn(8, 4, side, side, generator=generator).to(self.settings.device)
         for timestep in sampler.timesteps:
-            eps = self.unet(x_t, timestep, self.null_text.expand(8, -1, -1)).sample
+            eps = self.unet(x_t, timestep, self.module.null_text.expand(8, -1, -1)).sample
             x_t = sampler.step(eps, timestep, x_t, generator=generator).prev_sample
         images = models.decode(self.vae, x_t)
         sheet = torch.cat([torch.cat(list(images[:4]), dim=2), torch.cat(list(images[4:]), dim=2)], dim=1)
@@ -93,4 +124,4 @@ class BaseStage:
 
     def finish(self, folder: Path) -> None:
         """Write `folder` as a base model: `unet`, `vae`, `null_text.safetensors`."""
-        BaseModel(self.unet, self.vae, self.null_text).save(folder)
+        BaseModel(self.unet, self.vae, self.module.null_text).save(folder)

@@ -12,7 +12,6 @@ import torch
 
 from .loop import LoopSettings
 from .photographs import Photographs
-from .randomness import generator_for
 
 Batch = TypeVar("Batch")
 
@@ -24,6 +23,7 @@ class DataSettings(LoopSettings):
     data: Path = Path("data")  # a folder of pictures, or of shards that training.prepare has written
     memory_gb: float = 4.0  # most memory that decoded pictures take; of more, those used last are kept
     order: Literal["area", "chunked"] = "area"  # every pixel equally likely, or one shard after the other
+    workers: int = 0  # threads that make the batches of later steps
 
     def photographs(self, smallest: int) -> Photographs:
         """Open the photographs whose sides have at least `smallest` pixels."""
@@ -34,27 +34,26 @@ class Ahead(Generic[Batch]):
     """Makes the batches of coming steps in threads; order and content are as without.
 
     Args:
-        make: turns (step, generator) into a batch, and takes every random number from that generator.
-        seed: of the run; the generator of a step is `generator_for(seed, step)`, as in the loop.
+        make: turns a step into a batch that follows from the step alone.
         steps: number of steps of the run; nothing is made beyond it.
         workers: number of threads; 0 makes every batch when it is asked for.
     """
 
-    def __init__(self, make: Callable[[int, torch.Generator], Batch], seed: int, steps: int, workers: int) -> None:
+    def __init__(self, make: Callable[[int], Batch], steps: int, workers: int) -> None:
         if workers < 0:
             raise ValueError(f"--workers={workers}: give 0 for none, or the number of threads.")
-        self.make, self.seed, self.steps, self.workers = make, seed, steps, workers
+        self.make, self.steps, self.workers = make, steps, workers
         self._waiting: dict[int, Future[Batch]] = {}
         # Every step is work for one thread, so that torch's own threads would only get in each other's way.
         self._pool = ThreadPoolExecutor(workers, "batch", torch.set_num_threads, (1,)) if workers else None
 
-    def get(self, step: int, generator: torch.Generator) -> Batch:
-        """Return the batch of `step`; `generator` is used without workers only."""
+    def get(self, step: int) -> Batch:
+        """Return the batch of `step`."""
         if self._pool is None:
-            return self.make(step, generator)
+            return self.make(step)
         for other in [other for other in self._waiting if not step <= other < step + 2 * self.workers]:
             self._waiting.pop(other).cancel()
         for coming in range(step, max(step + 1, min(step + 2 * self.workers, self.steps))):
             if coming not in self._waiting:
-                self._waiting[coming] = self._pool.submit(self.make, coming, generator_for(self.seed, coming))
+                self._waiting[coming] = self._pool.submit(self.make, coming)
         return self._waiting.pop(step).result()

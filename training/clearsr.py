@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from clearsr_core.config import ControlConfig
 
-from . import degradation, models
+from . import degradation, metrics, models
 from .base import noise_schedule
 from .base_model import BaseModel
 from .batches import Ahead, DataSettings
+from .checkpointing import Checkpointing, checkpoint_blocks
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
 from .export import export, latent_rgb
-from .latents import FixedCrops, FixedPairs
+from .latents import Crops, FixedPairs
 from .loop import plain
+from .photographs import to_bytes, write_png
 from .pipeline import sample, upscale_lr
 from .randomness import generator_for
+
+NIQE_SIDE = 192  # smallest picture that NIQE can judge: it compares blocks of 96 pixels
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ClearSRSettings(DataSettings):
     cache: Path = Path("runs/latents.safetensors")  # encoded crops
     batch: int = 8
     crop: int = 512  # pixels
-    crops: int = 12_000  # number of different crops; the degradation is drawn anew each time
+    crops: int = 12_000  # different crops, encoded once and degraded anew each time; 0 = a new crop every time
     freeze_encoders: bool = False  # hold E' and the image encoder still: each crop is degraded and encoded only once
     pair_cache: Path = Path("runs/pairs.safetensors")  # what freeze_encoders keeps
     rank: int = 16  # of both LoRAs
@@ -45,7 +48,7 @@ class ClearSRSettings(DataSettings):
     prompt_dropout: float = 0.1  # share of batches that see the empty prompt instead of p
     degradation: Literal["paper", "light"] = "paper"
     usm: bool = False  # sharpen every crop by unsharp masking before it is encoded and degraded
-    workers: int = 0  # threads that degrade the crops of later steps
+    checkpointing: Checkpointing = "none"  # what is computed twice instead of kept for the gradients
     control_input: Literal["lr", "lr+xt"] = "lr"
     control_time: Literal["t", "fixed"] = "t"
     use_dpm: bool = True
@@ -78,28 +81,67 @@ def control_config(settings: ClearSRSettings, base: BaseModel) -> ControlConfig:
     )
 
 
-@dataclass(frozen=True)
-class Batch:
+class PairBatch(NamedTuple):
     """Everything random of one step."""
 
-    indices: Tensor  # (B,) crop numbers
+    hq: Tensor  # (B, 4, h, w) latents in model units, or (B, 3, crop, crop) crops in [-1, 1] that are new every time
     noise: Tensor  # (B, 4, h, w)
     timesteps: Tensor  # (B,) 0 .. 999
-    keep_prompt: bool  # else the whole batch sees the empty prompt
     lr_images: Tensor | None  # (B, 3, crop, crop) in [0, 1]; None where the pairs are fixed
+    lr_latents: Tensor | None  # (B, 4, h, w) x_lr of fixed pairs
+    prompts: Tensor | None  # (B, n, C) p of fixed pairs
+    keep_prompt: bool  # else the whole batch sees the empty prompt
+    watch: bool  # measure the distance of E' from E
+
+
+class ClearSRObjective(nn.Module):
+    """Eq. 1."""
+
+    def __init__(self, model: ClearSRModel) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = noise_schedule()
+
+    def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return Eq. 1 of a batch, and the distance of E' from E where it is wanted."""
+        model, figures = self.model, {}
+        x_0 = batch.hq if batch.hq.shape[1] == 4 else models.encode(model.vae, batch.hq)
+        x_t = self.schedule.add_noise(x_0, batch.noise, batch.timesteps)
+        if batch.lr_images is None:
+            lr_latents, prompts = batch.lr_latents, batch.prompts
+            assert lr_latents is not None and prompts is not None
+        else:
+            lr_images = batch.lr_images * 2.0 - 1.0
+            lr_latents, prompts = model.lr_encoder(lr_images), model.image_prompt(batch.lr_images)
+            if batch.watch:
+                figures["encoder_drift"] = encoder_drift(model, lr_images, lr_latents)
+        # p is dropped now and then, so that the empty prompt stays meaningful (guidance, missing image encoder). The
+        # whole batch at once: p and the empty prompt need not have the same number of tokens.
+        if not batch.keep_prompt:
+            # Data parallelism wants a gradient, if zero, for all that moves.
+            prompts = model.null_text.expand(len(x_t), -1, -1) + 0.0 * prompts.mean()
+        eps = model.eps(x_t, batch.timesteps, lr_latents, prompts)
+        return torch.nn.functional.mse_loss(eps.float(), batch.noise), figures
+
+
+@torch.no_grad()
+def encoder_drift(model: ClearSRModel, lr_images: Tensor, lr_latents: Tensor) -> Tensor:
+    """Return ||E'(LR) - E(LR)||, root mean square: nothing in Eq. 1 keeps it small, and the decoder knows E only."""
+    return (lr_latents - models.encode(model.vae, lr_images)).float().square().mean().sqrt()
 
 
 class ClearSRStage:
     """Eq. 1 on pairs of crops and their Real-ESRGAN degradations."""
 
     def __init__(self, settings: ClearSRSettings) -> None:
+        if settings.best == "niqe" and settings.crop < NIQE_SIDE:
+            raise ValueError(f"--best=niqe needs crops of {NIQE_SIDE} pixels or more, not --crop={settings.crop}.")
         self.settings = settings
         base = BaseModel.load(settings.base, settings.base_widths, settings.seed)
-        self.schedule = noise_schedule()
         self.degradation = degradation.PRESETS[settings.degradation]
         photographs = settings.photographs(settings.crop)
         base.vae.to(settings.device)
-        self.crops = FixedCrops(
+        self.crops = Crops(
             photographs,
             base.vae,
             settings.crop,
@@ -117,8 +159,8 @@ class ClearSRStage:
             patch = settings.prompt_mode == "patch"
             clip = ClipImagePrompt.load(settings.clip_vision, patch=patch, context_dim=control.context_dim)
         self.model = ClearSRModel(base, control, settings.rank, settings.prompt_mode, settings.seed, clip)
-        self.model.to(settings.device)
-        self.batches = Ahead(self.batch, settings.seed, settings.steps, settings.workers)
+        checkpoint_blocks(self.model, settings.checkpointing)
+        self.module = ClearSRObjective(self.model).to(settings.device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         settings = self.settings
@@ -133,81 +175,99 @@ class ClearSRStage:
     def weights(self) -> dict[str, nn.Parameter]:
         return self.model.trainable()
 
-    @functools.cached_property
-    def fixed_pairs(self) -> FixedPairs:
-        """Every crop's partner, encoded; made on first use, when the weights are in place."""
+    def start(self, rows: range) -> None:
         settings = self.settings
-        return FixedPairs(self.crops, self.pairs, self.model, settings.degradation, settings.seed, settings.pair_cache)
-
-    def pairs(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the degraded, upscaled crops of `indices`: (B, 3, crop, crop) in [0, 1]."""
-        hq_images = (self.crops.images(indices) + 1.0) / 2.0
-        lr_images = torch.stack([degradation.degrade(image, generator, self.degradation) for image in hq_images])
-        return upscale_lr(lr_images, (self.settings.crop, self.settings.crop))
-
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """Draw everything random of one step, and degrade its crops unless their partners are fixed."""
-        indices = self.crops.draw(step, self.settings.batch, generator)
-        noise = torch.randn(self.crops.latents[indices].shape, generator=generator)
-        timesteps = torch.randint(1000, (len(indices),), generator=generator)
-        keep = float(torch.rand((), generator=generator)) >= self.settings.prompt_dropout
-        lr_images = None if self.settings.freeze_encoders else self.pairs(indices, generator)
-        return Batch(indices, noise, timesteps, keep, lr_images)
-
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Return Eq. 1 for one batch."""
-        device = self.settings.device
-        batch = self.batches.get(step, generator)
-        indices, noise, timesteps = batch.indices, batch.noise, batch.timesteps
-        x_t = self.schedule.add_noise(self.crops.latents[indices], noise, timesteps).to(device)
-
-        figures = {}
-        if batch.lr_images is None:
-            lr_latent, prompt = (
-                self.fixed_pairs.latents[indices].to(device),
-                self.fixed_pairs.prompts[indices].to(device),
+        self.rows = rows
+        self.fixed_pairs = None
+        if settings.freeze_encoders:
+            degraded = self.degraded
+            self.fixed_pairs = FixedPairs(
+                self.crops, degraded, self.model, settings.degradation, settings.seed, settings.pair_cache
             )
-        else:
-            lr_images = batch.lr_images.to(device)
-            lr_latent, prompt = self.model.lr_encoder(lr_images * 2.0 - 1.0), self.model.image_prompt(lr_images)
-            if step % 50 == 0:
-                # Nothing in Eq. 1 keeps E' near E, and the decoder only knows E: watch the distance.
-                plain = models.encode(self.model.vae, lr_images * 2.0 - 1.0)
-                figures["encoder_drift"] = float((lr_latent.detach() - plain).square().mean().sqrt())
-        # p is dropped now and then, so that the empty prompt stays meaningful (guidance, missing image encoder). The
-        # whole batch at once: p and the empty prompt need not have the same number of tokens.
-        if not batch.keep_prompt:
-            prompt = self.model.null_text.expand(len(indices), -1, -1)
-        eps = self.model.eps(x_t, timesteps.to(device), lr_latent, prompt)
-        return torch.nn.functional.mse_loss(eps, noise.to(device)), figures
+        self.batches = Ahead(self.make, settings.steps, settings.workers)
+
+    def degraded(self, numbers: Tensor) -> Tensor:
+        """Return crops of the fixed set as they were degraded once: (B, 3, crop, crop) in [0, 1]."""
+        return self.pairs(self.crops.images(numbers), numbers.tolist())
+
+    def pairs(self, hq_images: Tensor, numbers: list[int]) -> Tensor:
+        """Degrade and enlarge crops.
+
+        Args:
+            hq_images: (B, 3, crop, crop) in [-1, 1].
+            numbers: of the samples; with the seed they decide what happens to each crop.
+
+        Returns:
+            (B, 3, crop, crop) in [0, 1].
+        """
+        lr_images = [
+            degradation.degrade(image, generator_for(self.settings.seed + 4, number), self.degradation)
+            for image, number in zip((hq_images + 1.0) / 2.0, numbers, strict=True)
+        ]
+        return upscale_lr(torch.stack(lr_images), (self.settings.crop, self.settings.crop))
+
+    def batch(self, step: int) -> PairBatch:
+        return self.batches.get(step)
+
+    def make(self, step: int) -> PairBatch:
+        """Draw everything random of one step; crop and degrade the rows of this process."""
+        settings, side = self.settings, self.settings.crop // 8
+        generator = generator_for(settings.seed, step)
+        indices = self.crops.draw(step, settings.batch, generator)
+        noise = torch.randn((settings.batch, 4, side, side), generator=generator)
+        timesteps = torch.randint(1000, (settings.batch,), generator=generator)
+        keep_prompt = float(torch.rand((), generator=generator)) >= settings.prompt_dropout
+
+        share = slice(self.rows.start, self.rows.stop)
+        indices, noise, timesteps = indices[share], noise[share], timesteps[share]
+        hq = self.crops.hq(indices)
+        if self.fixed_pairs is not None:
+            pairs = self.fixed_pairs
+            return PairBatch(
+                hq, noise, timesteps, None, pairs.latents[indices], pairs.prompts[indices], keep_prompt, False
+            )
+        hq_images = hq if hq.shape[1] == 3 else self.crops.images(indices)
+        lr_images = self.pairs(hq_images, [step * settings.batch + row for row in self.rows])
+        return PairBatch(hq, noise, timesteps, lr_images, None, None, keep_prompt, watch=step % 50 == 0)
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Restore four fixed pairs in 20 steps; write upscaled input, result and target as one sheet."""
-        indices = torch.arange(4)
+        """Restore four fixed pairs in 20 steps; write upscaled input, decoded x_lr, result and target as one sheet."""
+        numbers = torch.arange(4)
         generator = generator_for(self.settings.seed, -1)
-        lr_images = self.pairs(indices, generator).to(self.settings.device)
-        lr_latent = self.model.lr_encoder(lr_images * 2.0 - 1.0)
-        prompt = self.model.image_prompt(lr_images)
+        hq_images = self.crops.images(numbers)
+        lr_images = self.pairs(hq_images, numbers.tolist()).to(self.settings.device)
+        lr_latents = self.model.lr_encoder(lr_images * 2.0 - 1.0)
+        prompts = self.model.image_prompt(lr_images)
         x_0 = sample(
-            lambda x_t, timesteps: self.model.eps(x_t, timesteps, lr_latent, prompt),
-            lr_latent,
-            torch.randn(lr_latent.shape, generator=generator),
+            lambda x_t, timesteps: self.model.eps(x_t, timesteps, lr_latents, prompts),
+            lr_latents,
+            torch.randn(lr_latents.shape, generator=generator),
             generator,
             steps=20,
         )
         restored = models.decode(self.model.vae, x_0).cpu()
-        hq_images = self.crops.images(indices)
-        rows = [lr_images.cpu() * 2.0 - 1.0, restored, hq_images]
+        decoded = models.decode(self.model.vae, lr_latents).cpu()
+        rows = [lr_images.cpu() * 2.0 - 1.0, decoded, restored, hq_images]
         sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-        pixels = ((sheet + 1.0) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"validation_{step:08d}.png")
-        error = (restored - hq_images).square().mean() / 4.0
-        distance = (x_0.cpu() - self.crops.latents[indices]).square().mean().sqrt()
-        return {"psnr": float(-10.0 * torch.log10(error)), "latent_error": float(distance)}
+        write_png(to_bytes((sheet + 1.0) / 2.0), folder / f"validation_{step:08d}.png")
+
+        pictures = [
+            (to_bytes((r + 1.0) / 2.0), to_bytes((h + 1.0) / 2.0)) for r, h in zip(restored, hq_images, strict=True)
+        ]
+        found = {
+            "psnr": [metrics.psnr_y(image, target) for image, target in pictures],
+            "ssim": [metrics.ssim_y(image, target) for image, target in pictures],
+        }
+        if self.settings.crop >= NIQE_SIDE:
+            found["niqe"] = [metrics.niqe(image) for image, _ in pictures]
+        figures = {name: float(np.mean(values)) for name, values in found.items()}
+        figures["latent_error"] = float((x_0.cpu() - self.crops.latents(numbers)).square().mean().sqrt())
+        figures["encoder_drift"] = float(encoder_drift(self.model, lr_images * 2.0 - 1.0, lr_latents))
+        return figures
 
     def finish(self, folder: Path) -> None:
         """Write `folder/clearsr.safetensors`, the file that ComfyUI loads."""
-        indices = torch.arange(min(64, self.crops.count))
+        numbers = torch.arange(min(64, self.crops.count) or 64)
         export(
             self.model,
             folder / "clearsr.safetensors",
@@ -220,5 +280,5 @@ class ClearSRStage:
                 "megapixels": round(self.crops.photographs.megapixels),
                 "metrics": {"validation": self.validate(self.settings.steps, folder)},
             },
-            preview=latent_rgb(self.crops.latents[indices], self.crops.images(indices)),
+            preview=latent_rgb(self.crops.latents(numbers), self.crops.images(numbers)),
         )

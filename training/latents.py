@@ -54,14 +54,14 @@ def _encoded_once(
     return tensors
 
 
-class FixedCrops:
-    """Crops 0 .. count-1 of a photograph folder: pixels on demand, latents from a cache.
+class Crops:
+    """Numbered crops of a photograph folder: pixels on demand; the latents of a fixed set of them from a cache.
 
     Args:
         photographs: where the crops come from.
         vae: the frozen autoencoder E.
         size: side of a crop in pixels, a multiple of 8.
-        count: how many crops there are.
+        count: how many crops there are, encoded once; 0 = without end, each used once and encoded then.
         seed: decides which.
         cache: file to keep the latents in; made anew when it belongs to another set or another autoencoder.
         usm: sharpen every crop before anything is made of it.
@@ -79,15 +79,26 @@ class FixedCrops:
         usm: bool = False,
     ) -> None:
         self.photographs, self.size, self.count, self.seed, self.usm = photographs, size, count, seed, usm
+        self._vae, self._device = vae, device
         options = [photographs.order] * (photographs.order != "area") + ["usm"] * usm
         identity = json.dumps([photographs.listing, size, count, seed, *options])
         self.listing = hashlib.sha256(identity.encode()).hexdigest()
 
-        def encode(indices: Tensor) -> dict[str, Tensor]:
-            return {"latents": models.encode(vae, self.images(indices).to(device))}
+        self._latents: Tensor | None = None
+        if count:
+            identity = _weights_hash(vae.encoder, vae.quant_conv) + self.listing
+            encoded = _encoded_once(cache, identity, count, lambda i: {"latents": self.latents(i)}, "encoding crops")
+            self._latents = encoded["latents"]
 
-        identity = _weights_hash(vae.encoder, vae.quant_conv) + self.listing
-        self.latents = _encoded_once(cache, identity, count, encode, "encoding crops")["latents"]
+    def latents(self, indices: Tensor) -> Tensor:
+        """Return x_0 of crops, (B, 4, size / 8, size / 8) in model units on the CPU."""
+        if self._latents is not None:
+            return self._latents[indices]
+        return models.encode(self._vae, self.images(indices).to(self._device)).cpu()
+
+    def hq(self, indices: Tensor) -> Tensor:
+        """Return what a training step starts from: latents where they are kept, else pixels, which it encodes."""
+        return self.images(indices) if self._latents is None else self._latents[indices]
 
     def image(self, index: int) -> Tensor:
         """Return crop `index` as (3, size, size) in [-1, 1]."""
@@ -99,9 +110,15 @@ class FixedCrops:
         return torch.stack([self.image(int(index)) for index in indices])
 
     def draw(self, step: int, batch: int, generator: torch.Generator) -> Tensor:
-        """Return the `batch` crop numbers of a step: random, or in the chunked order the next ones, round and round."""
+        """Return the `batch` crop numbers of a step: random ones of the fixed set, or the next ones.
+
+        The next ones it is where there is no end of crops and, round and round the fixed set, in the chunked order.
+        """
+        following = torch.arange(step * batch, (step + 1) * batch)
+        if not self.count:
+            return following
         if self.photographs.order == "chunked":
-            return torch.arange(step * batch, (step + 1) * batch) % self.count
+            return following % self.count
         return torch.randint(self.count, (batch,), generator=generator)
 
 
@@ -109,8 +126,8 @@ class FixedPairs:
     """Low-resolution partners of fixed crops, degraded and encoded once; right as long as the encoders stand still.
 
     Args:
-        crops: the crops.
-        degraded: turns crop numbers and a generator into (B, 3, size, size) in [0, 1].
+        crops: the crops, a fixed set.
+        degraded: turns crop numbers into their degraded partners, (B, 3, size, size) in [0, 1].
         model: holds E' and the image encoder.
         degradation: name of the preset that `degraded` uses.
         seed: decides the degradations.
@@ -119,8 +136,8 @@ class FixedPairs:
 
     def __init__(
         self,
-        crops: FixedCrops,
-        degraded: Callable[[Tensor, torch.Generator], Tensor],
+        crops: Crops,
+        degraded: Callable[[Tensor], Tensor],
         model: ClearSRModel,
         degradation: str,
         seed: int,
@@ -129,11 +146,19 @@ class FixedPairs:
         device = model.null_text.device
 
         def encode(indices: Tensor) -> dict[str, Tensor]:
-            lr_images = degraded(indices, generator_for(seed + 2, int(indices[0]))).to(device)
+            lr_images = degraded(indices).to(device)
             return {"latents": model.lr_encoder(lr_images * 2.0 - 1.0), "prompts": model.image_prompt(lr_images)}
 
+        if not crops.count:
+            raise ValueError("--freeze_encoders=true encodes a fixed set of crops once: give --crops=NUMBER above 0.")
         identity = "-".join(
-            [_weights_hash(model.lr_encoder, model.image_encoder, model.clip), crops.listing, degradation, str(seed)]
+            [
+                "by number",  # which degradation a crop gets
+                _weights_hash(model.lr_encoder, model.image_encoder, model.clip),
+                crops.listing,
+                degradation,
+                str(seed),
+            ]
         )
         if model.clip is not None and model.clip.patch:
             identity += "-patch"  # the same weights give other prompts

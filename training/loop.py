@@ -5,26 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import snapshot
+from . import optimizer as optimizers
+from . import parallel, run_folder, snapshot
 from .clearsr_model import weights_in
-from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
 
 NON_FINITE_LIMIT = 5
+# What may differ when a run goes on: it does not change what is trained, or only how long.
+FREE = {
+    *("steps", "out", "device", "threads", "workers", "data", "memory_gb"),
+    *("snapshot_every", "validate_every", "keep", "best", "tensorboard"),
+    *("accumulation", "checkpointing", "compile"),
+}
+
+Batch = TypeVar("Batch", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -36,29 +45,46 @@ class LoopSettings:
     out: Path
     init: Path = Path()  # folder of another run, or a ClearSR file, whose weights to start from; empty = from nothing
     seed: int = 0
+    batch: int = 8  # samples of one step, in all processes together
+    accumulation: int = 1  # parts in which a process computes its share of the batch, to save memory
     warmup: int = 500  # steps from zero to the full learning rate
     decay: Literal["constant", "linear"] = "constant"  # the paper, or linear to zero at the last step
+    optimizer: optimizers.Kind = "adamw"
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.0  # decay of the averaged weights; 0 = off
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights and moments are float32
+    compile: bool = False  # torch.compile: minutes at the start, faster steps on a GPU
     snapshot_every: int = 500
+    keep: int = 2  # newest snapshots on disk
+    best: Literal["none", "psnr", "ssim", "niqe"] = "none"  # also keep the snapshot with the best validation
     validate_every: int = 0  # 0 = never
+    tensorboard: bool = False  # write curves into the folder `tensorboard` of the run
     threads: int = 0  # 0 = torch's default
-    device: str = "cpu"
+    device: str = "cpu"  # cpu, or cuda: the GPU of this process
 
 
-class Stage(Protocol):
-    """One thing to train: it says what moves, and turns (step, generator) into a loss."""
+class Stage(Protocol[Batch]):
+    """One thing to train: it says what moves, makes batches on the CPU, and its module turns them into a loss."""
 
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
+    module: nn.Module  # module(batch) -> (loss, figures): scalars; holds every parameter that moves
+
+    def trainable(self) -> dict[str, nn.Parameter]:
         """Return exactly the parameters that move, by the names under which they are stored."""
         ...
 
-    def weights(self) -> dict[str, torch.nn.Parameter]:
+    def weights(self) -> dict[str, nn.Parameter]:
         """Return what `init` sets: the trainable parameters, and those of the same parts that are held still."""
         ...
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Return the scalar loss of step `step` and figures for the log; all randomness comes from `generator`."""
+    def start(self, rows: range) -> None:
+        """Prepare for batches, of which this process computes `rows`; weights are in place."""
+        ...
+
+    def batch(self, step: int) -> Batch:
+        """Return this process's rows of the batch of `step`; it follows from (seed, step).
+
+        A NamedTuple of tensors (rows, ...), and of what all rows share.
+        """
         ...
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
@@ -68,14 +94,6 @@ class Stage(Protocol):
     def finish(self, folder: Path) -> None:
         """Write what the next stage takes from `folder`; runs after the last step, with averaged weights."""
         ...
-
-
-def learning_rate_at(step: int, settings: LoopSettings) -> float:
-    """Return the learning rate of `step` (counted from 0): linear warm-up, then constant or linear to zero."""
-    rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
-    if settings.decay == "linear":
-        rate *= max(0.0, 1.0 - step / settings.steps)
-    return rate
 
 
 @contextmanager
@@ -95,9 +113,8 @@ def _stop_requests() -> Iterator[list[int]]:
 
 def _check_same_run(stored: dict[str, object], current: dict[str, object], folder: Path) -> None:
     """Refuse to continue a snapshot of other settings; more steps and other hardware are not other settings."""
-    free = {"steps", "out", "snapshot_every", "validate_every", "threads", "device", "data", "memory_gb", "workers"}
     differing = sorted(
-        key for key in stored.keys() | current.keys() if key not in free and stored.get(key) != current.get(key)
+        key for key in stored.keys() | current.keys() if key not in FREE and stored.get(key) != current.get(key)
     )
     if differing:
         pairs = ", ".join(f"{key}: {stored.get(key)!r} there, {current.get(key)!r} now" for key in differing)
@@ -113,9 +130,16 @@ def plain(settings: object) -> dict[str, object]:
 
 
 def run(stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> bool:
+    """Train in this process alone; see `run_with`."""
+    with parallel.processes(settings.device, settings.precision) as accelerator:
+        return run_with(accelerator, stage, settings, identity)
+
+
+def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> bool:
     """Train `stage` until `settings.steps`, continuing the newest snapshot in `settings.out`.
 
     Args:
+        accelerator: the processes that share the work.
         stage: what to train.
         settings: how long, how fast, where.
         identity: everything that a snapshot must agree with to be continued.
@@ -125,100 +149,145 @@ def run(stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> bo
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    out = settings.out
-    out.mkdir(parents=True, exist_ok=True)
-    parameters = stage.trainable()
-    held = {name: value for name, value in stage.weights().items() if name not in parameters}
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, foreach=True
-    )
-    averaged = {name: value.detach().clone() for name, value in parameters.items()} if settings.ema else {}
-    if settings.init != Path():
-        _start_from(settings.init, {**parameters, **held}, averaged)
-    step = _resume(out, parameters, held, averaged, optimizer, identity)
-    _forget_after(out / "stats.jsonl", step)
+    rows = parallel.rows_of(accelerator, settings.batch, settings.accumulation)
+    main, out = accelerator.is_main_process, settings.out
+    with run_folder.only_writer(out) if main else nullcontext():
+        # Weights: of the newest snapshot, else of `init`, else as the stage made them.
+        state = _newest(out, identity)
+        step = state.step if state is not None else 0
+        if state is not None:
+            _take(state, "model", stage.trainable())
+            _take(
+                state, "held", {name: value for name, value in stage.weights().items() if name not in stage.trainable()}
+            )
+        elif settings.init != Path():
+            _start_from(settings.init, stage.weights())
+        for name, parameter in stage.weights().items():
+            parameter.requires_grad_(name in stage.trainable())
+        with accelerator.local_main_process_first():
+            stage.start(rows)
 
-    def save() -> None:
-        tensors = {f"model.{name}": value for name, value in parameters.items()}
-        tensors |= {f"held.{name}": value for name, value in held.items()}
-        tensors |= {f"ema.{name}": value for name, value in averaged.items()}
-        tensors |= snapshot.optimizer_tensors(optimizer, names)
-        snapshot.write(out, snapshot.TrainingState(step, tensors, identity))
+        # What the processes share: after `prepare` a parameter may be a part of itself.
+        if settings.compile:
+            stage.module.compile()
+        optimizer = optimizers.build(settings.optimizer, stage.trainable().values(), settings.learning_rate)
+        module, optimizer = accelerator.prepare(stage.module, optimizer)
+        parameters = stage.trainable()
+        held = _held(stage)
+        averaged = {name: value.detach().clone() for name, value in parameters.items()} if settings.ema else {}
+        if state is not None:
+            _take(state, "ema", averaged)
+            snapshot.restore_optimizer(optimizer, parameters, state.tensors, parallel.like)
+            state = None
 
-    non_finite = 0
-    began, first = time.monotonic(), step
-    with (
-        _stop_requests() as stops,
-        open(out / "stats.jsonl", "a", encoding="utf-8") as stats,
-        tqdm(total=settings.steps, initial=step, desc=out.name, unit="step", mininterval=5, smoothing=0.05) as bar,
-    ):
-        while step < settings.steps and not stops:
-            # One step. The generator depends on (seed, step) only, so a resumed run draws the same numbers.
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, settings)
-            loss, figures = stage.loss(step, generator_for(settings.seed, step))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
-            finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(norm))
-            if finite:
-                optimizer.step()
-                non_finite = 0
-                for name, value in averaged.items():
-                    # Short averages first, so that the random start is forgotten.
-                    decay = min(settings.ema, (step + 1) / (step + 10))
-                    value.lerp_(parameters[name].detach(), 1.0 - decay)
-            else:
-                non_finite += 1
-                log.warning(
-                    "Step %d: loss %s, gradient norm %s; step skipped.", step, float(loss.detach()), float(norm)
-                )
-                if non_finite >= NON_FINITE_LIMIT:
-                    raise FloatingPointError(
-                        f"The loss was not finite in {NON_FINITE_LIMIT} steps in a row (last: step {step}). Lower "
-                        f"--learning_rate or look for broken pictures in the data. The last snapshot in {out} is sound."
+        def save() -> Path:
+            names = {id(parameter): name for name, parameter in parameters.items()}
+            tensors = {f"model.{name}": parallel.whole(value) for name, value in parameters.items()}
+            tensors |= {f"held.{name}": parallel.whole(value) for name, value in held.items()}
+            tensors |= {f"ema.{name}": parallel.whole(value) for name, value in averaged.items()}
+            tensors |= snapshot.optimizer_tensors(optimizer, names, parallel.whole)
+            state = snapshot.TrainingState(step, tensors, identity)
+            return snapshot.write(out, state, settings.keep) if main else out
+
+        def validate() -> dict[str, float]:
+            with torch.no_grad(), parallel.gathered(module), _swapped(parameters, averaged):
+                return stage.validate(step, out)
+
+        non_finite = 0
+        began, first = time.monotonic(), step
+        with (
+            _stop_requests() as stops,
+            run_folder.Log(out, step, tensorboard=settings.tensorboard, active=main) as stats,
+            tqdm(
+                total=settings.steps, initial=step, desc=out.name, unit="step", mininterval=5, disable=not main
+            ) as bar,
+        ):
+            bar.set_description(out.name)
+            stop = False
+            while step < settings.steps and not stop:
+                # One step. Its batch depends on (seed, step) only, so a resumed run takes the same step.
+                for group in optimizer.param_groups:
+                    group["lr"] = optimizers.learning_rate_at(
+                        step, settings.learning_rate, settings.warmup, settings.steps, settings.decay
                     )
-            step += 1
+                optimizer.zero_grad(set_to_none=True)
+                loss, figures = _gradients(accelerator, module, stage.batch(step), settings.accumulation)
+                norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
+                mean_loss, stop = parallel.mean_and_any(accelerator, loss, bool(stops))
+                if torch.isfinite(norm) and torch.isfinite(torch.tensor(mean_loss)):
+                    optimizer.step()
+                    non_finite = 0
+                    for name, value in averaged.items():
+                        # Short averages first, so that the random start is forgotten.
+                        decay = min(settings.ema, (step + 1) / (step + 10))
+                        value.lerp_(parameters[name].detach(), 1.0 - decay)
+                else:
+                    non_finite += 1
+                    log.warning("Step %d: loss %s, gradient norm %s; step skipped.", step, mean_loss, float(norm))
+                    if non_finite >= NON_FINITE_LIMIT:
+                        raise FloatingPointError(
+                            f"The loss was not finite in {NON_FINITE_LIMIT} steps in a row (last: step {step}). Lower "
+                            f"--learning_rate or look for broken pictures in the data. The last snapshot in {out} is "
+                            "sound."
+                        )
+                step += 1
 
-            # Log, look, save.
-            figures = {"loss": float(loss.detach()), "norm": float(norm), **figures}
-            rate = (step - first) / (time.monotonic() - began)
-            row = {
-                "step": step,
-                "rate": round(rate, 4),
-                **{k: round(v, 6) for k, v in figures.items() if math.isfinite(v)},
-            }
-            stats.write(json.dumps(row) + "\n")
-            bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()}, refresh=False)
-            bar.update()
-            if settings.validate_every and step % settings.validate_every == 0:
-                with torch.no_grad(), _swapped(parameters, averaged):
-                    stats.write(json.dumps({"step": step, "validation": stage.validate(step, out)}) + "\n")
-            if step % settings.snapshot_every == 0:
+                # Log, look, save.
+                figures = {"loss": mean_loss, "norm": float(norm), **figures}
+                stats.step(step, (step - first) / (time.monotonic() - began), figures)
+                bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
+                bar.update()
+                better = False
+                if settings.validate_every and step % settings.validate_every == 0:
+                    found = validate()
+                    _, better = parallel.mean_and_any(accelerator, loss, main and _is_better(found, out, settings.best))
+                    stats.validation(step, found)
+                if step % settings.snapshot_every == 0 or better:
+                    stats.flush()
+                    path = save()
+                    if better and main:
+                        snapshot.keep_as_best(path)
+            if step > first:
                 stats.flush()
                 save()
-        if step > first:
-            save()
-    if step < settings.steps:
-        log.info("Stopped at step %d of %d; run the same command again to continue.", step, settings.steps)
+        if step < settings.steps:
+            log.info("Stopped at step %d of %d; run the same command again to continue.", step, settings.steps)
+            return False
+        if main and not parallel.is_sharded(accelerator):
+            with torch.no_grad(), _swapped(parameters, averaged):
+                stage.finish(out)
+        accelerator.wait_for_everyone()
+        return True
+
+
+def _gradients(
+    accelerator: Accelerator, module: nn.Module, batch: tuple[object, ...], parts: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Compute the gradients of a batch in `parts` pieces; return its mean loss, and the figures of the last piece."""
+    size = next(len(value) for value in batch if isinstance(value, Tensor)) // parts
+    losses, figures = [], {}
+    for part in range(parts):
+        share = slice(part * size, (part + 1) * size)
+        piece = type(batch)(*(value[share] if isinstance(value, Tensor) else value for value in batch))  # type: ignore[call-arg]
+        last = part == parts - 1
+        # Gradients travel between the processes once, with the last piece.
+        with nullcontext() if last else accelerator.no_sync(module):
+            loss, figures = module(send_to_device(piece, accelerator.device))
+            (loss / parts).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean(), {name: float(value) for name, value in figures.items()}
+
+
+def _is_better(found: dict[str, float], out: Path, measure: str) -> bool:
+    """Tell whether a validation beats all earlier ones of the run in `measure`."""
+    if measure not in found:
         return False
-    with torch.no_grad(), _swapped(parameters, averaged):
-        stage.finish(out)
-    return True
-
-
-def _forget_after(stats: Path, step: int) -> None:
-    """Drop the rows of steps that a kill undid and that are now done again."""
-    if stats.is_file():
-        lines = stats.read_text(encoding="utf-8").splitlines()
-        # A kill can also leave half a line at the end.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        stats.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    sign = -1.0 if measure == "niqe" else 1.0
+    return all(sign * found[measure] > sign * value for value in run_folder.validations(out, measure))
 
 
 @contextmanager
-def _swapped(parameters: dict[str, torch.nn.Parameter], averaged: dict[str, Tensor]) -> Iterator[None]:
+def _swapped(parameters: dict[str, nn.Parameter], averaged: dict[str, Tensor]) -> Iterator[None]:
     """Show the averaged weights to whatever runs inside, then put the trained ones back."""
     kept = {name: parameters[name].detach().clone() for name in averaged}
     for name, value in averaged.items():
@@ -230,7 +299,7 @@ def _swapped(parameters: dict[str, torch.nn.Parameter], averaged: dict[str, Tens
             parameters[name].data.copy_(value)
 
 
-def _start_from(source: Path, weights: dict[str, torch.nn.Parameter], averaged: dict[str, Tensor]) -> None:
+def _start_from(source: Path, weights: dict[str, nn.Parameter]) -> None:
     """Take the weights of a file or another run, averaged ones if it has them; its optimiser and steps stay there."""
     if source.is_file():
         found = weights_in(source)
@@ -249,31 +318,27 @@ def _start_from(source: Path, weights: dict[str, torch.nn.Parameter], averaged: 
             if stored is None or stored.shape != parameter.shape:
                 raise snapshot.SnapshotError(f"--init={source} holds another model: {name} does not fit.")
             parameter.copy_(stored)
-            if name in averaged:
-                averaged[name].copy_(stored)
 
 
-def _resume(
-    out: Path,
-    parameters: dict[str, torch.nn.Parameter],
-    held: dict[str, torch.nn.Parameter],
-    averaged: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, object],
-) -> int:
-    """Load the newest snapshot of `out` into everything that it decides; return the step to go on from."""
+def _newest(out: Path, identity: dict[str, object]) -> snapshot.TrainingState | None:
+    """Return the newest snapshot of `out`, which must be of the same run, or None."""
     path = snapshot.latest(out)
     if path is None:
-        return 0
+        return None
     state = snapshot.read(path)
     _check_same_run(state.settings, identity, out)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state.tensors[f"model.{name}"])
-        for name, parameter in held.items():
-            parameter.copy_(state.tensors[f"held.{name}"])
-        for name, value in averaged.items():
-            value.copy_(state.tensors[f"ema.{name}"])
-    snapshot.restore_optimizer(optimizer, dict(parameters), state.tensors)
     log.info("Continuing %s from step %d.", out, state.step)
-    return state.step
+    return state
+
+
+def _held(stage: Stage) -> dict[str, nn.Parameter]:
+    """Return the weights that a snapshot keeps although they do not move."""
+    trainable = stage.trainable()
+    return {name: value for name, value in stage.weights().items() if name not in trainable}
+
+
+@torch.no_grad()
+def _take(state: snapshot.TrainingState, kind: str, targets: Mapping[str, Tensor]) -> None:
+    """Copy one kind of a snapshot's tensors into their places."""
+    for name, target in targets.items():
+        target.copy_(parallel.like(state.tensors[f"{kind}.{name}"], target))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,23 @@ def write(folder: Path, state: TrainingState, keep: int = 2) -> Path:
     return target
 
 
+def keep_as_best(path: Path) -> Path:
+    """Keep a snapshot under a name of its own, beyond the newest ones, in place of the best one so far."""
+    target = path.with_name(path.name.replace("state_", "best_"))
+    if not target.exists():
+        temporary = target.with_suffix(".part")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)  # the same bytes under two names
+        except OSError:
+            shutil.copyfile(path, temporary)  # file systems without links
+        os.replace(temporary, target)
+    for old in target.parent.glob("best_*.safetensors"):
+        if old != target:
+            old.unlink()
+    return target
+
+
 def latest(folder: Path) -> Path | None:
     """Return the newest complete snapshot of `folder`, or None."""
     return max(folder.glob("state_*.safetensors"), default=None)
@@ -69,7 +88,8 @@ def read(path: Path) -> TrainingState:
             metadata = handle.metadata() or {}
             if int(metadata.get("format", 0)) != FORMAT:
                 raise SnapshotError(
-                    f"{path} has snapshot format {metadata.get('format')}; this version reads {FORMAT}."
+                    f"{path} has snapshot format {metadata.get('format')}; this version reads {FORMAT}. Go on with the "
+                    "version that wrote it, or give another --out."
                 )
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except SnapshotError:
@@ -85,23 +105,36 @@ def load_parameters(path: Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.tensors.items() if name.startswith(prefix)}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """Flatten Adam's moments into named tensors; `names` maps id(parameter) to its name."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], whole: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Flatten the optimiser's state into named tensors.
+
+    Args:
+        optimizer: any whose state is tensors and whole numbers.
+        names: id(parameter) -> its name.
+        whole: puts together a tensor of which this process holds a part.
+    """
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
+                tensors[f"optimizer.{key}.{names[id(parameter)]}"] = whole(torch.as_tensor(value))
     return tensors
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    tensors: dict[str, Tensor],
+    like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` flattened."""
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        for name, parameter in parameters.items():
-            stored = tensors.get(f"optimizer.{key}.{name}")
-            if stored is not None:
-                moved = stored.clone() if key == "step" else stored.to(parameter.device).clone()
-                optimizer.state[parameter][key] = moved
+    """Put back what `optimizer_tensors` flattened; `like` gives this process's part of a whole tensor."""
+    for full_name, stored in tensors.items():
+        kind, _, rest = full_name.partition(".")
+        key, _, name = rest.partition(".")
+        if kind == "optimizer" and name in parameters:
+            parameter = parameters[name]
+            # A whole number was a plain one: only tensors of floats or of 8-bit codes are tensors in an optimiser.
+            plain = stored.ndim == 0 and not stored.is_floating_point()
+            optimizer.state[parameter][key] = int(stored) if plain else like(stored.clone(), parameter)

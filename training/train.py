@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # `accelerate launch training/train.py` runs this file as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "training"
 
-from . import config, loop
+from . import config, loop, parallel
 from .snapshot import SnapshotError
 
 log = logging.getLogger("clearsr.training")
 
 
-def _stage(name: str, preset: dict[str, object], overrides: dict[str, str]) -> tuple[loop.Stage, loop.LoopSettings]:
-    """Build the settings and the stage that a preset names."""
+def stage_of(name: str) -> tuple[type[loop.LoopSettings], Callable[..., loop.Stage]]:
+    """Return the settings and the stage that a preset names; a stage's libraries are imported with it."""
     if name == "autoencoder":
         from .autoencoder import AutoencoderSettings, AutoencoderStage
 
-        settings = config.build(AutoencoderSettings, preset, overrides)
-        return AutoencoderStage(settings), settings
+        return AutoencoderSettings, AutoencoderStage
     if name == "base":
         from .base import BaseSettings, BaseStage
 
-        settings = config.build(BaseSettings, preset, overrides)
-        return BaseStage(settings), settings
+        return BaseSettings, BaseStage
     if name == "clearsr":
         from .clearsr import ClearSRSettings, ClearSRStage
 
-        settings = config.build(ClearSRSettings, preset, overrides)
-        return ClearSRStage(settings), settings
+        return ClearSRSettings, ClearSRStage
     raise config.ConfigError(f"Unknown stage {name!r}: autoencoder, base or clearsr.")
+
+
+def train(stage_kind: Callable[..., loop.Stage], settings: loop.LoopSettings) -> bool:
+    """Train in all processes of the launcher; return True when all steps are done."""
+    identity = loop.plain(settings)
+    with parallel.processes(settings.device, settings.precision) as accelerator:
+        if not accelerator.is_main_process:
+            log.setLevel(logging.ERROR)  # everything is said once
+        here = dataclasses.replace(settings, device=str(accelerator.device))
+        with accelerator.local_main_process_first():  # the others find what the first one encoded
+            stage = stage_kind(here)
+        finished = loop.run_with(accelerator, stage, here, identity)
+        sharded, main = parallel.is_sharded(accelerator), accelerator.is_main_process
+    if finished and sharded and main:
+        # The result is made of whole weights: by this process alone, from the last snapshot.
+        del stage
+        return loop.run(stage_kind(settings), settings, identity)
+    return finished
 
 
 def main(arguments: list[str]) -> int:
@@ -42,8 +59,8 @@ def main(arguments: list[str]) -> int:
     try:
         overrides = config.parse_overrides(arguments)
         preset = config.read_preset(overrides.pop("preset", ""))
-        stage, settings = _stage(str(preset.pop("stage", "")), preset, overrides)
-        finished = loop.run(stage, settings, loop.plain(settings))
+        settings_kind, stage_kind = stage_of(str(preset.pop("stage", "")))
+        finished = train(stage_kind, config.build(settings_kind, preset, overrides))
     except (config.ConfigError, SnapshotError, FloatingPointError, ValueError) as error:
         log.error("%s", error)
         return 1

@@ -14,7 +14,7 @@ from training import degradation, models, prepare, restore, snapshot, train
 from training.autoencoder import build_autoencoder, normalise_latents
 from training.base_model import BaseModel
 from training.clearsr_model import ClearSRModel
-from training.latents import FixedCrops
+from training.latents import Crops
 from training.photographs import Photographs, read_rgb
 from training.pipeline import noise_sources, pad_to_grid, sample
 from training.pipeline import restore as restore_picture
@@ -301,9 +301,7 @@ def test_shards_and_workers_train_the_same_run(chain: Path, tmp_path: Path) -> N
 def test_sharpened_crops_in_chunked_order_are_another_set(chain: Path, tmp_path: Path) -> None:
     photographs = Photographs(chain / "photographs", 64, order="chunked", seed=3)
     vae = BaseModel.load(chain / "base").vae
-    crops = [
-        FixedCrops(photographs, vae, 64, 4, 3, tmp_path / f"{usm}.safetensors", "cpu", usm) for usm in (False, True)
-    ]
+    crops = [Crops(photographs, vae, 64, 4, 3, tmp_path / f"{usm}.safetensors", "cpu", usm) for usm in (False, True)]
     plain, sharpened = (each.image(1) for each in crops)
     torch.testing.assert_close(sharpened, degradation.sharpen((plain + 1.0) / 2.0) * 2.0 - 1.0)
     assert sharpened.std() > plain.std()

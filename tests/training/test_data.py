@@ -366,32 +366,33 @@ def test_workers_change_neither_order_nor_content(folder: Path) -> None:
     photographs = Photographs(folder, 32, memory_gb=1e-5)
     makers = set()
 
-    def make(step: int, generator: torch.Generator) -> Tensor:
+    def make(step: int) -> Tensor:
         makers.add(threading.current_thread().name)
+        generator = generator_for(3, step)
         crops = (photographs.crops(2, 32, generator, first=2 * step) + 1.0) / 2.0
         return degradation.degrade_batch(crops, generator)
 
     threads = torch.get_num_threads()
-    alone, helped = (Ahead(make, 3, 9, workers) for workers in (0, 3))
+    alone, helped = (Ahead(make, 9, workers) for workers in (0, 3))
     for step in (0, 1, 2, 3, 7, 8, 2):  # a resumed run starts anywhere
-        expected = alone.get(step, generator_for(3, step))
-        assert torch.equal(helped.get(step, generator_for(3, step)), expected)
+        expected = alone.get(step)
+        assert torch.equal(helped.get(step), expected)
     assert torch.get_num_threads() == threads
     assert {name.startswith("batch") for name in makers} == {True, False}
     with pytest.raises(ValueError, match="--workers=-1"):
-        Ahead(make, 0, 1, -1)
+        Ahead(make, 1, -1)
 
 
 def test_a_worker_reports_its_failure_at_the_step_that_needs_it() -> None:
-    def make(step: int, generator: torch.Generator) -> int:
+    def make(step: int) -> int:
         if step == 2:
             raise ValueError("picture 7 is gone")
         return step
 
-    batches = Ahead(make, 0, 5, 2)
-    assert [batches.get(step, generator_for(0, step)) for step in (0, 1)] == [0, 1]
+    batches = Ahead(make, 5, 2)
+    assert [batches.get(step) for step in (0, 1)] == [0, 1]
     with pytest.raises(ValueError, match="picture 7 is gone"):
-        batches.get(2, generator_for(0, 2))
+        batches.get(2)
 
 
 def test_contact_sheet_shows_pairs_from_folder_and_shards_alike(folder: Path, tmp_path: Path) -> None:

@@ -10,42 +10,62 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from training import loop, snapshot
+from training import loop, run_folder, snapshot
+from training.randomness import generator_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Toy:
-    """Fits a small network to random targets; draws everything from the generator that the loop hands over."""
+class ToyBatch(NamedTuple):
+    inputs: Tensor
+    targets: Tensor
+    broken: bool
 
-    def __init__(self, fail_at: frozenset[int] = frozenset(), stop_at: int | None = None, pause: float = 0.0) -> None:
+
+class ToyObjective(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             self.network = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
+
+    def forward(self, batch: ToyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = (self.network(batch.inputs) - batch.targets).square().mean()
+        return loss * float("nan") if batch.broken else loss, {}
+
+
+class Toy:
+    """Fits a small network to random targets; draws everything from (seed, step)."""
+
+    def __init__(self, fail_at: frozenset[int] = frozenset(), stop_at: int | None = None, pause: float = 0.0) -> None:
+        self.module = ToyObjective()
         self.fail_at, self.stop_at, self.pause = fail_at, stop_at, pause
         self.finished = False
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.network.named_parameters())
+        return dict(self.module.network.named_parameters())
 
     def weights(self) -> dict[str, nn.Parameter]:
         return self.trainable()
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        x = torch.randn(4, 6, generator=generator)
+    def start(self, rows: range) -> None:
+        self.rows = slice(rows.start, rows.stop)
+
+    def batch(self, step: int) -> ToyBatch:
         time.sleep(self.pause)
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        loss = (self.network(x) - torch.randn(4, 6, generator=generator)).square().mean()
-        return loss * float("nan") if step in self.fail_at else loss, {}
+        both = torch.randn(2, 8, 6, generator=generator_for(0, step))
+        return ToyBatch(both[0, self.rows], both[1, self.rows], step in self.fail_at)
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        return {"value": 1.0}
+        return {"psnr": float(-((step - 14) ** 2))}
 
     def finish(self, folder: Path) -> None:
         self.finished = True
@@ -172,3 +192,58 @@ def test_resumed_log_repeats_no_step(tmp_path: Path) -> None:
     loop.run(Toy(), settings(tmp_path, steps=12), {})
     steps = [json.loads(line)["step"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    for parts in (1, 2, 8):
+        loop.run(Toy(), settings(tmp_path / str(parts), accumulation=parts), {})
+    expected = final_state(tmp_path / "1")
+    for parts in (2, 8):
+        for name, value in final_state(tmp_path / str(parts)).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"--batch=8 .* --accumulation=3"):
+        loop.run(Toy(), settings(tmp_path / "3", accumulation=3), {})
+
+
+def test_the_best_validation_is_kept_beyond_the_newest_snapshots(tmp_path: Path) -> None:
+    """The toy's PSNR peaks at step 14; a run that was killed after it knows so too."""
+    changes = {"validate_every": 2, "snapshot_every": 4, "best": "psnr", "keep": 3}
+    for steps in (17, 30):
+        loop.run(Toy(), settings(tmp_path, steps=steps, decay="constant", **changes), {})
+    assert [path.name for path in sorted(tmp_path.glob("best_*"))] == ["best_00000014.safetensors"]
+    assert snapshot.read(tmp_path / "best_00000014.safetensors").step == 14
+    assert len(list(tmp_path.glob("state_*.safetensors"))) == 3
+    assert max(run_folder.validations(tmp_path, "psnr")) == 0.0
+
+
+def test_one_folder_takes_one_run(tmp_path: Path) -> None:
+    with (
+        run_folder.only_writer(tmp_path),
+        pytest.raises(snapshot.SnapshotError, match="Another run is writing"),
+    ):
+        loop.run(Toy(), settings(tmp_path), {})
+    assert loop.run(Toy(), settings(tmp_path), {})
+
+
+def test_curves_for_tensorboard_hold_every_step_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (7, 12):
+        loop.run(Toy(), settings(tmp_path, steps=steps, tensorboard=True, validate_every=4), {})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("validation/psnr")] == [4, 8, 12]
+
+
+def test_half_precision_is_autocast_around_float32_weights(tmp_path: Path) -> None:
+    seen = []
+
+    class Looker(Toy):
+        def batch(self, step: int) -> ToyBatch:
+            self.module.network[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+            return super().batch(step)
+
+    assert loop.run(Looker(), settings(tmp_path, steps=1, precision="bfloat16"), {})
+    assert seen[0] == torch.bfloat16
+    assert {value.dtype for value in final_state(tmp_path).values()} == {torch.float32}

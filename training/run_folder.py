@@ -1,0 +1,122 @@
+"""The folder of a run: one writer at a time, the log of its steps, and the curves for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from .snapshot import SnapshotError
+
+_LOCK = "run.lock"
+STATS = "stats.jsonl"
+
+
+def _take(handle: IO[str]) -> None:
+    """Lock an open file, or raise OSError; the system gives it back when the process ends, however it ends."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one run.
+
+    Raises:
+        SnapshotError: another process trains into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "a", encoding="utf-8") as handle:
+        try:
+            _take(handle)
+        except OSError as error:
+            raise SnapshotError(
+                f"Another run is writing to {folder}. Wait for it, stop it, or give another --out."
+            ) from error
+        yield
+
+
+class Log:
+    """Appends rows to stats.jsonl, and to TensorBoard's files where wanted; does nothing for the other processes."""
+
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool, active: bool) -> None:
+        self._stack = ExitStack()
+        self._file: IO[str] | None = None
+        self._board: Any = None  # torch's SummaryWriter, whose package is only looked for when it is wanted
+        if not active:
+            return
+        _forget_after(folder / STATS, step)
+        self._file = self._stack.enter_context((folder / STATS).open("a", encoding="utf-8"))
+        if tensorboard:
+            self._board = self._stack.enter_context(_summary_writer(folder / "tensorboard", step))
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
+        """Write the figures of one step; those that are not finite are left out."""
+        finite = {name: round(value, 6) for name, value in figures.items() if math.isfinite(value)}
+        self._write({"step": step, "rate": round(rate, 4), **finite}, {"rate": rate, **finite}, step)
+
+    def validation(self, step: int, figures: dict[str, float]) -> None:
+        """Write what a validation found."""
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        self._write(
+            {"step": step, "validation": finite}, {f"validation/{name}": value for name, value in finite.items()}, step
+        )
+
+    def _write(self, row: dict[str, object], scalars: dict[str, float], step: int) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Put on disk what a snapshot is about to count on."""
+        if self._file is not None:
+            self._file.flush()
+
+
+def _summary_writer(folder: Path, step: int) -> Any:  # noqa: ANN401 - see `Log`
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "--tensorboard=true needs the package tensorboard: install training/requirements.txt, or set it to false."
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's log; a kill can leave half a line at the end."""
+    path = folder / STATS
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def validations(folder: Path, measure: str) -> list[float]:
+    """Return every value of one validation measure so far."""
+    found = [row["validation"].get(measure) for row in rows(folder) if "validation" in row]
+    return [value for value in found if value is not None]
+
+
+def _forget_after(stats: Path, step: int) -> None:
+    """Drop the rows of steps that a kill undid and that are now done again."""
+    if stats.is_file():
+        kept = [row for row in rows(stats.parent) if row["step"] <= step]
+        stats.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
