@@ -267,13 +267,6 @@ def degrade(hq: Tensor, generator: torch.Generator, settings: DegradationSetting
     return apply(hq, draw(generator, settings), generator, scale)
 
 
-def degrade_batch(
-    hq: Tensor, generator: torch.Generator, settings: DegradationSettings = PAPER, scale: int = 4
-) -> Tensor:
-    """Degrade (B, 3, H, W), every picture by its own recipe, to (B, 3, H // scale, W // scale); see `degrade`."""
-    return torch.stack([degrade(image, generator, settings, scale) for image in hq])
-
-
 def sharpen(image: Tensor, weight: float = 0.5, radius: int = 25, threshold: float = 10.0) -> Tensor:
     """Sharpen a target by unsharp masking, only where it already has contrast (Real-ESRGAN Sec. 3.4, an option).
 

@@ -23,7 +23,6 @@ from training.degradation import (
     apply,
     blur,
     degrade,
-    degrade_batch,
     draw,
     jpeg,
     resize,
@@ -115,14 +114,6 @@ def test_result_has_the_small_size_8_bits_and_leaves_the_target_alone(
         assert float(lr.max()) <= 1
         assert torch.allclose(lr * 255, (lr * 255).round(), atol=1e-4)
     assert torch.equal(hq, before)
-
-
-def test_batch_gives_each_picture_its_own_recipe() -> None:
-    hq = picture().expand(3, -1, -1, -1)
-    batch = degrade_batch(hq, generator())
-    assert batch.shape == (3, 3, 24, 24)
-    assert not torch.equal(batch[0], batch[1])
-    assert torch.equal(batch[0], degrade(hq[0], generator()))
 
 
 def test_wrong_shapes_are_refused_with_the_shape() -> None:
