@@ -1,7 +1,7 @@
 """What a baseline JPEG file does to pixels, without the file and on any device (ITU-T T.81, colour at half resolution).
 
-Every step is integer arithmetic that rounds where libjpeg rounds: the pixels are those that Pillow reads back from a
-file of the same quality, bit for bit.
+Every step is integer arithmetic, part of it held in float64, that rounds where libjpeg-turbo rounds: the pixels are
+those that Pillow reads back from a file of the same quality, bit for bit.
 """
 
 from __future__ import annotations
