@@ -42,7 +42,7 @@ def degrade_pairs(
     Args:
         hq: (B, 3, H, W) float32 in [0, 1] on any device, H and W at least `scale`; never written to.
         numbers: B sample numbers; a tensor of them lies on the CPU.
-        seed: of the run.
+        seed: with a number it decides recipe and noise; one that no other draw uses (training adds 4 to the run's).
         settings: ranges of the degradation.
         scale: how many times smaller the partners are.
         degrade_on: "cpu" takes the pictures one after the other through files of Pillow, in as many threads as call

@@ -93,6 +93,22 @@ def test_the_device_is_never_asked_for_a_value() -> None:
     assert {recipe.jpeg_last for recipe in recipes} == {True, False}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_makes_nearly_the_same_pairs_without_being_waited_for() -> None:
+    hq, numbers = crops(32), range(32)
+    on_gpu = hq.cuda()
+    degrade_pairs(on_gpu, numbers, 0, degrade_on="device")  # the constant tables are sent once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pairs = degrade_pairs(on_gpu, numbers, 0, degrade_on="device")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    difference = (pairs.cpu() - degrade_pairs(hq, numbers, 0)).abs() * 255
+    assert float((difference > 0.5).float().mean()) < 0.05
+    assert float(difference.mean()) < 0.1
+
+
 @both_paths
 def test_results_have_8_bits_no_gradient_and_leave_the_crops_alone(degrade_on: DegradeOn) -> None:
     hq = crops(2)
