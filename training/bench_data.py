@@ -64,11 +64,8 @@ def _ways(hq: Tensor, settings: BenchDataSettings) -> dict[str, Callable[[int], 
         return degrade_pairs(images, numbers, settings.seed, preset, degrade_on=degrade_on)
 
     def one_thread(turn: int) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         for batch in range(settings.batches):
             make(hq, turn * settings.batches + batch, "cpu")
-        torch.set_num_threads(threads)
 
     def workers(turn: int) -> None:
         first = turn * settings.batches
@@ -88,7 +85,10 @@ def _ways(hq: Tensor, settings: BenchDataSettings) -> dict[str, Callable[[int], 
 
 
 def measure(photographs: Photographs, crop: int, settings: BenchDataSettings) -> list[Row]:
-    """Time every way on the same crops and recipes; crops are cut beforehand, enlargement is not included."""
+    """Time every way on the same crops and recipes, with one of torch's threads in each thread.
+
+    Crops are cut beforehand, and enlargement is not included.
+    """
     generators = [generator_for(settings.seed + 1, number) for number in range(settings.batch)]
     hq = (torch.stack([photographs.crop(crop, generator) for generator in generators]) + 1.0) / 2.0
     ways = _ways(hq, settings)
@@ -125,7 +125,12 @@ def run(settings: BenchDataSettings) -> list[Row]:
     if min(*settings.crop_sizes, settings.batch, settings.batches, settings.rounds, settings.workers) < 1:
         raise config.ConfigError("--crop_sizes, --batch, --batches, --rounds and --workers take 1 or more.")
     photographs = Photographs(settings.data, max(settings.crop_sizes), settings.memory_gb)
-    return [row for crop in settings.crop_sizes for row in measure(photographs, crop, settings)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [row for crop in settings.crop_sizes for row in measure(photographs, crop, settings)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def main(arguments: list[str]) -> int:
