@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from training import baselines, evaluate
-from training.evaluate import EvaluationError, EvaluationSettings, find_pairs, picture_name, summarise
+from training.evaluate import EvaluationError, EvaluationSettings, find_pairs, picture_name
+from training.tables import summarise
 
 
 def save(path: Path, size: tuple[int, int], seed: int) -> None:
