@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -63,17 +63,17 @@ def _missing_files(name: str, folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _no_connections() -> Iterator[None]:
-    """Let every attempt to open a connection fail."""
+    """Let every attempt to look up a host or to open a connection fail."""
 
-    def refuse(_socket: socket.socket, address: object) -> None:
-        raise OSError(f"no connection is opened, to {address} neither")
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError("no connection is opened here")
 
-    kept = socket.socket.connect
-    socket.socket.connect = refuse  # type: ignore[method-assign, assignment]
+    kept = socket.getaddrinfo, socket.socket.connect
+    socket.getaddrinfo = socket.socket.connect = refuse  # type: ignore[assignment]
     try:
         yield
     finally:
-        socket.socket.connect = kept  # type: ignore[method-assign]
+        socket.getaddrinfo, socket.socket.connect = kept  # type: ignore[method-assign]
 
 
 class LearnedMetrics:
@@ -94,8 +94,6 @@ class LearnedMetrics:
             raise LearnedMetricMissingError(f"--pyiqa={unknown[0]} is not known here: {', '.join(SOURCES)}.")
         self._device = torch.device(device)
         self._metrics: dict[str, Any] = {}
-        if not names:
-            return
         if folder != Path():
             if not folder.is_dir():
                 raise LearnedMetricMissingError(f"--pyiqa_weights={folder} is not a folder.")
@@ -121,7 +119,7 @@ class LearnedMetrics:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 files = ", ".join(filter(None, (*source.files, source.hub)))
                 raise LearnedMetricMissingError(
-                    f"pyiqa cannot make {name} ({reason}). It reads {files}: fetch them again, and install "
+                    f"pyiqa cannot make {name} ({reason}). It reads {files}: fetch what is damaged again, and install "
                     f"{REQUIREMENTS} in its versions."
                 ) from error
 
