@@ -1,4 +1,4 @@
-"""Learned measures: what is missing is named, nothing is fetched, and only the networks that were asked for are made."""
+"""Learned measures: what is missing is named, and nothing is fetched."""
 
 from __future__ import annotations
 
