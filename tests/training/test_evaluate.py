@@ -319,3 +319,52 @@ def test_pictures_in_other_modes_are_measured_as_8_bit_rgb(
 def test_against_names_a_method(folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert evaluate.main(command(folders, tmp_path / "out", "--against=nano")) == 1
     assert "--against=nano is none of the methods (bicubic)" in caplog.text
+
+
+# Reference points of the RealSR crops: PSNR, SSIM, NIQE, EffLite of a method, and NIQE of the good pictures.
+REFERENCE_POINTS = {
+    "bicubic": {
+        "all 100": (27.11, 0.7555, 8.99, None, 6.12),
+        "first 20": (26.70, 0.7512, 8.99, 0.663, 6.26),
+        "other 80": (27.22, 0.7566, 8.99, 0.720, 6.08),
+    },
+    "realesrgan": {"first 20": (25.34, 0.7693, 5.05, 0.581, 6.26)},
+}
+
+
+def assert_reference_points(results: dict[str, dict[str, dict[str, float]]], method: str) -> None:
+    """Compare to the digit with what is printed; EffLite and "other 80" have been measured once, by other code."""
+    pictures = list(results[REFERENCE]["niqe"])
+    parts = {"all 100": pictures, "first 20": pictures[:20], "other 80": pictures[20:]}
+    for part, (psnr, ssim, niqe, efflite, niqe_hr) in REFERENCE_POINTS[method].items():
+
+        def mean(of: str, key: str, part: str = part) -> float:
+            return float(np.mean([results[of][key][name] for name in parts[part]]))
+
+        assert round(mean(method, "psnr"), 2) == psnr, part
+        assert round(mean(method, "ssim"), 4) == ssim, part
+        assert round(mean(method, "niqe"), 2) == niqe, part
+        assert round(mean(REFERENCE, "niqe"), 2) == niqe_hr, part
+        if efflite is not None:
+            assert round(mean(method, "efflite"), 3) == efflite, part
+
+
+@pytest.mark.slow
+def test_reference_points_of_bicubic_on_all_crops(crops: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    settings = EvaluationSettings(hr=crops / "hr", lr=crops / "lr", out=tmp_path)
+    results = evaluate.evaluate(settings)
+    assert len(results[REFERENCE]["niqe"]) == 100
+    assert_reference_points(results, "bicubic")
+
+
+@pytest.mark.slow
+def test_reference_points_of_real_esrgan_on_the_first_20_crops(crops: Path, tmp_path: Path) -> None:
+    """Some three minutes on one core."""
+    pytest.importorskip("timm")
+    settings = EvaluationSettings(hr=crops / "hr", lr=crops / "lr", out=tmp_path, methods=("realesrgan",), limit=20)
+    try:
+        results = evaluate.evaluate(settings)
+    except baselines.BaselineMissingError as error:
+        pytest.skip(str(error))
+    assert_reference_points(results, "realesrgan")
