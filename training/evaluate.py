@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -107,7 +108,7 @@ def read_picture(path: Path) -> np.ndarray:
     """Read (H, W, 3) uint8; what cannot be read is named."""
     try:
         return read_rgb(path)
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's word for a broken PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: of a broken PNG
         raise EvaluationError(f"{path} cannot be read ({reason(error)}). Replace it, or take its pair out.") from error
 
 
@@ -214,7 +215,7 @@ def evaluate(settings: EvaluationSettings) -> Results:
 
 
 def described(settings: EvaluationSettings) -> dict[str, object]:
-    """Return what decides the figures: the settings, and a hash of the names and sizes of the files measured."""
+    """Return what decides the figures: the settings, and a hash of the names and sizes of the pairs' files."""
     digest = hashlib.sha256()
     for pair in find_pairs(settings.hr, settings.lr, settings.limit):
         for path in (pair.hr, pair.lr):
@@ -234,8 +235,10 @@ def run(settings: EvaluationSettings) -> str:
     identity = described(settings)
     if not settings.overwrite:
         tables.refuse_other(settings.out, identity, _MAY_CHANGE)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     if settings.efflite:
-        prepare_efflite(settings.threads)
+        prepare_efflite()
     results = evaluate(settings)
     means = tables.summaries(results)
     appendix = "" if known is None else published.markdown(known, means, len(tables.picture_names(results)))
@@ -258,12 +261,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def prepare_efflite(threads: int = 0) -> None:
+def prepare_efflite() -> None:
     """Load EffLite before anything slow, so that a missing package is told at once."""
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
     blank = np.zeros((32, 32, 3), dtype=np.uint8)
     try:
         metrics.efflite(blank, blank)

@@ -55,7 +55,7 @@ def write(file: Path, stored: Checkpoint, overwrite: bool = False) -> Path:
         The path of the card, written or kept.
     """
     path = file.with_suffix(".md")
-    if path.exists() and not overwrite and _edited(path.read_text(encoding="utf-8")):
+    if path.exists() and not overwrite and _edited(path.read_text(encoding="utf-8", errors="replace")):
         log.warning("%s was edited by hand and is kept as it is; give --overwrite_card=true for a new one.", path)
         return path
     text = card(file.name, file.stat().st_size, stored)
