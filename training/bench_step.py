@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, Any] = {
     "base": "random",
     "data": "synthetic",
     "crops": 0,
-    # What starts at zero lets no gradient through before it has moved: two layers of that kind lie one behind the other.
+    # Layers that start at zero let no gradient through before they have moved, and two of them lie behind each other.
     "steps": 3,
     "warmup": 0,
     "learning_rate": 1e-4,

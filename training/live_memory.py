@@ -10,29 +10,32 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-Workspace = Callable[[Any, tuple[Any, ...]], int]
+Workspace = Callable[[Any, tuple[Any, ...], Any], int]
 
 
 class LiveMemory(TorchDispatchMode):
     """Knows, while it is active, how many bytes of tensors are alive, and how many were at most.
 
-    It sees every operation below autograd. What is kept for the backward pass therefore counts until it is let go, and a
-    view counts nothing: memory is of storages, each once, from the operation that made it until it is freed.
+    It sees every operation below autograd. What is kept for the backward pass therefore counts until it is let go, and
+    a view counts nothing: memory is of storages, each once, from the operation that made it until it is freed.
 
     Args:
-        workspace: bytes that an operation takes for itself while it runs, from (operation, arguments); None = nothing.
+        workspace: bytes that an operation takes for itself while it runs, from (operation, arguments, result);
+            None = nothing.
 
     Attributes:
         live: bytes alive now.
         peak: the most that were alive at once.
+        operations: floating point operations of all matrix products and convolutions so far.
         parameters: whose gradients to tell apart.
         gradients_at_peak: bytes of their gradients that were there when the peak was reached.
     """
 
     def __init__(self, workspace: Workspace | None = None) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.operations = 0
         self.parameters: list[Tensor] = []
         self.gradients_at_peak = 0
         self._workspace = workspace
@@ -77,8 +80,19 @@ class LiveMemory(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
-        self._look(self.live + (self._workspace(func, args) if self._workspace else 0))
+        self._look(self.live + (self._workspace(func, args, result) if self._workspace else 0))
+        self.operations += _operations(func, args, result)
         return result
+
+
+def _operations(func: Any, args: tuple[Any, ...], result: Any) -> int:  # noqa: ANN401 - see Workspace
+    # torch's own list has the attention of GPUs only.
+    if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    count = flop_registry.get(getattr(func, "overloadpacket", None))
+    return 0 if count is None else count(*args, out_val=result)
 
 
 class Answers(TorchDispatchMode):

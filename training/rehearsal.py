@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from clearsr_core.config import BaseConfig
+
 from . import models, optimizer
 from .autoencoder import AutoencoderSettings, AutoencoderStage, CropBatch, Reconstruction
 from .base import BaseSettings, BaseStage, LatentBatch, NoisePrediction, noise_schedule
@@ -46,6 +48,7 @@ class MemoryEstimate:
     averaged: int  # EMA
     batch: int
     activations: int  # kept for the backward pass, and what the operation of that moment needs
+    operations: int  # floating point operations of the step's matrix products, forward and backward
 
     @property
     def total(self) -> int:
@@ -53,7 +56,7 @@ class MemoryEstimate:
 
     def table(self) -> str:
         """Return the parts in GiB, on one line."""
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-1]}
         return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
 
 
@@ -63,9 +66,11 @@ def shapes_of(settings: DataSettings) -> Stage[Any]:
     Raises:
         ValueError: the base model or the autoencoder that the settings name is not there, or settings do not fit it.
     """
+    # Read before tensors lose their content.
+    networks = networks_of(settings.base, settings.base_widths) if isinstance(settings, ClearSRSettings) else None
     with torch.device("meta"), Answers():
-        if isinstance(settings, ClearSRSettings):
-            return _ClearSR(settings)
+        if isinstance(settings, ClearSRSettings) and networks is not None:
+            return _ClearSR(settings, networks)
         if isinstance(settings, BaseSettings):
             return _Base(settings)
         if isinstance(settings, AutoencoderSettings):
@@ -74,9 +79,9 @@ def shapes_of(settings: DataSettings) -> Stage[Any]:
 
 
 class _ClearSR(ClearSRStage):
-    def __init__(self, settings: ClearSRSettings) -> None:
+    def __init__(self, settings: ClearSRSettings, networks: BaseConfig) -> None:
         self.settings = settings
-        base = BaseModel.random(networks_of(settings.base, settings.base_widths), 0)
+        base = BaseModel.random(networks, 0)
         control = control_config(settings, base)
         clip = None
         if settings.clip_vision != Path():
@@ -206,10 +211,11 @@ def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
         batch = stage.batch(1)
         with_batch = memory.live
         moments = _optimizer(settings, memory.parameters)
-        for _ in range(2):
-            moments.zero_grad(set_to_none=True)
-            memory.forget_peak()
-            step(stage.module, batch, moments, parameters, here)
+        step(stage.module, batch, moments, parameters, here)  # the moments come into being
+        moments.zero_grad(set_to_none=True)
+        memory.forget_peak()
+        memory.operations = 0
+        step(stage.module, batch, moments, parameters, here)
         state = memory.live - with_batch - memory.gradients()
         del averaged
     rest = memory.peak - with_batch - state - memory.gradients_at_peak
@@ -220,6 +226,7 @@ def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
         averaged=with_average - weights,
         batch=with_batch - with_average,
         activations=rest,
+        operations=memory.operations,
     )
 
 
@@ -278,17 +285,20 @@ class _GpuCasts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Call a function, norms with float32 inputs."""
+        if func is Tensor.backward:
+            with self:  # what is computed again on the way back is computed in the same way
+                return torch.autograd.backward(args[0])
         if func in (nn.functional.group_norm, nn.functional.layer_norm):
             with torch.autocast("cpu", enabled=False):
                 return func(args[0].float(), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def convolution_workspace(func: Any, args: tuple[Any, ...]) -> int:  # noqa: ANN401 - torch's operators have no type
+def convolution_workspace(func: Any, args: tuple[Any, ...], result: Any) -> int:  # noqa: ANN401 - torch's operators have no type
     """Return the bytes that a convolution on the CPU takes for copies in its own layout, while it runs."""
     if func is torch.ops.aten.convolution.default:
         image, weight = args[:2]
-        return _bytes(image) + _bytes(weight)
+        return _bytes(image) + _bytes(weight) + _bytes(result)
     if func is torch.ops.aten.convolution_backward.default:
         gradient, image, weight = args[:3]
         return _bytes(gradient) + _bytes(image) + _bytes(weight)

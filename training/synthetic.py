@@ -1,4 +1,4 @@
-"""Pictures drawn from a seed, for trial runs without photographs: dead leaves, whose statistics are those of photographs."""
+"""Pictures drawn from a seed, for trial runs without photographs: dead leaves, with the statistics of photographs."""
 
 from __future__ import annotations
 
