@@ -250,6 +250,7 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
             if step > first:
                 stats.flush()
                 save()
+        accelerator.wait_for_everyone()  # the snapshot is there for all of them
         if step < settings.steps:
             log.info("Stopped at step %d of %d; run the same command again to continue.", step, settings.steps)
             return False
@@ -258,6 +259,17 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
                 stage.finish(out)
         accelerator.wait_for_everyone()
         return True
+
+
+def finish_from_snapshot(stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> None:
+    """Write the result of a finished run from its newest snapshot, in one process: it is made of whole weights."""
+    state = _newest(settings.out, identity)
+    if state is None:
+        raise snapshot.SnapshotError(f"{settings.out} holds no snapshot to make a result of.")
+    _take(state, "ema" if settings.ema else "model", stage.trainable())
+    _take(state, "held", _held(stage))
+    with torch.no_grad():
+        stage.finish(settings.out)
 
 
 def _gradients(

@@ -34,8 +34,8 @@ def processes(device: str, precision: str) -> Iterator[Accelerator]:
     Raises:
         ValueError: the launcher asks for a kind of parallelism that this loop does not know.
     """
-    # Buffers are constants here, and a gradient that is a view of its bucket saves a copy of all gradients.
-    keywords = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # A gradient that is a view of its bucket saves a copy of all gradients.
+    keywords = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=_PRECISIONS[precision], kwargs_handlers=[keywords])
     try:
         if accelerator.distributed_type not in _KNOWN:

@@ -47,9 +47,8 @@ def train(stage_kind: Callable[..., loop.Stage], settings: loop.LoopSettings) ->
         finished = loop.run_with(accelerator, stage, here, identity)
         sharded, main = parallel.is_sharded(accelerator), accelerator.is_main_process
     if finished and sharded and main:
-        # The result is made of whole weights: by this process alone, from the last snapshot.
-        del stage
-        return loop.run(stage_kind(settings), settings, identity)
+        del stage  # which holds parts of weights
+        loop.finish_from_snapshot(stage_kind(settings), settings, identity)
     return finished
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from clearsr_core import checkpoint
-from training import degradation, models, prepare, restore, snapshot, train
+from training import degradation, models, prepare, restore, run_folder, snapshot, train
 from training.autoencoder import build_autoencoder, normalise_latents
 from training.base_model import BaseModel
+from training.checkpointing import Checkpointing, checkpoint_blocks
 from training.clearsr_model import ClearSRModel
 from training.latents import Crops
 from training.photographs import Photographs, read_rgb
@@ -312,3 +314,58 @@ def test_sharpened_crops_in_chunked_order_are_another_set(chain: Path, tmp_path:
 
 def _config(chain: Path):
     return checkpoint.read(chain / "nano" / "clearsr.safetensors").config.control
+
+
+def _one_step(chain: Path, out: Path, *settings: str) -> dict[str, Tensor]:
+    """Train two steps on crops that are new every time, and return what the snapshot holds."""
+    command = ["--preset=nano", f"--data={chain}/photographs", f"--base={chain}/base", "--threads=1", "--crop=64"]
+    more = ["--steps=2", "--batch=2", "--crops=0", "--validate_every=0", "--warmup=500", "--ema=0"]
+    assert train.main([*command, *more, f"--out={out}", *settings]) == 0
+    return snapshot.read(out / "state_00000002.safetensors").tensors
+
+
+def test_what_saves_memory_changes_no_result(chain: Path, tmp_path: Path) -> None:
+    """Blocks that are computed twice, and batches in parts, train the same run."""
+    expected = _one_step(chain, tmp_path / "plain")
+    for name, settings in {
+        "encoder": ["--checkpointing=encoder"],
+        "all": ["--checkpointing=all", "--accumulation=2"],
+    }.items():
+        found = _one_step(chain, tmp_path / name, *settings)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+
+
+def test_checkpointing_keeps_less(chain: Path) -> None:
+    """Bytes that the gradients of one step wait for, without and with checkpointing."""
+
+    def kept(what: Checkpointing) -> int:
+        model = ClearSRModel(BaseModel.load(chain / "base"), _config(chain), 16, "pooled", 0)
+        checkpoint_blocks(model, what)
+        sizes: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            lr_latents = model.lr_encoder(torch.zeros(1, 3, 64, 64))
+            eps = model.eps(torch.zeros_like(lr_latents), torch.tensor([5]), lr_latents, model.null_text[None])
+        assert eps.requires_grad
+        return sum(size for pointer, size in sizes.items() if pointer not in weights)
+
+    none, encoder, everything = kept("none"), kept("encoder"), kept("all")
+    assert everything < encoder < none
+    assert everything < none / 2
+
+
+def test_validation_measures_and_shows_what_the_decoder_makes_of_x_lr(chain: Path, tmp_path: Path) -> None:
+    _one_step(chain, tmp_path, "--validate_every=2", "--best=psnr")
+    with Image.open(tmp_path / "validation_00000002.png") as sheet:
+        assert sheet.size == (4 * 64, 4 * 64)  # enlarged input, decoded x_lr, result, target
+    found = run_folder.rows(tmp_path)[-1]["validation"]
+    assert found.keys() == {"psnr", "ssim", "latent_error", "encoder_drift"}  # NIQE wants larger crops
+    assert (tmp_path / "best_00000002.safetensors").is_file()
+    command = ["--preset=nano", f"--data={chain}/photographs", f"--base={chain}/base", "--best=niqe", "--crop=64"]
+    assert train.main([*command, f"--out={tmp_path / 'other'}"]) == 1

@@ -4,84 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
+import multiprocessing
+import random
 import sys
 import time
+import types
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.training.toy import Toy, ToyBatch, settings
 from training import loop, run_folder, snapshot
-from training.randomness import generator_for
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class ToyBatch(NamedTuple):
-    inputs: Tensor
-    targets: Tensor
-    broken: bool
-
-
-class ToyObjective(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            self.network = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
-
-    def forward(self, batch: ToyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = (self.network(batch.inputs) - batch.targets).square().mean()
-        return loss * float("nan") if batch.broken else loss, {}
-
-
-class Toy:
-    """Fits a small network to random targets; draws everything from (seed, step)."""
-
-    def __init__(self, fail_at: frozenset[int] = frozenset(), stop_at: int | None = None, pause: float = 0.0) -> None:
-        self.module = ToyObjective()
-        self.fail_at, self.stop_at, self.pause = fail_at, stop_at, pause
-        self.finished = False
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.module.network.named_parameters())
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        return self.trainable()
-
-    def start(self, rows: range) -> None:
-        self.rows = slice(rows.start, rows.stop)
-
-    def batch(self, step: int) -> ToyBatch:
-        time.sleep(self.pause)
-        if step == self.stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        both = torch.randn(2, 8, 6, generator=generator_for(0, step))
-        return ToyBatch(both[0, self.rows], both[1, self.rows], step in self.fail_at)
-
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
-        return {"psnr": float(-((step - 14) ** 2))}
-
-    def finish(self, folder: Path) -> None:
-        self.finished = True
-
-
-def settings(out: Path, **changes: object) -> loop.LoopSettings:
-    values: dict[str, object] = {
-        "steps": 30,
-        "learning_rate": 1e-2,
-        "out": out,
-        "warmup": 5,
-        "decay": "linear",
-        "ema": 0.9,
-        "snapshot_every": 7,
-    }
-    return loop.LoopSettings(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def final_state(out: Path) -> dict[str, Tensor]:
@@ -104,26 +39,38 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, stop_at: int) 
         assert torch.equal(value, found[name]), name
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    """kill -9 in the middle of a step: only what came after the last snapshot is done again."""
-    whole = settings(tmp_path / "whole")
+def life(out: Path) -> None:
+    """Train until somebody kills this process."""
+    torch.set_num_threads(1)
+    loop.run(Toy(pause=0.01), settings(out, steps=200, snapshot_every=3), {})
+
+
+def test_killed_at_twenty_random_moments_equals_uninterrupted(tmp_path: Path) -> None:
+    """kill -9 at any moment, also while a snapshot is written: only what came after the last one is done again."""
+    whole, killed = settings(tmp_path / "whole", steps=200, snapshot_every=3), tmp_path / "killed"
     loop.run(Toy(), whole, {})
-    script = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/training']\n"
-        "from pathlib import Path\nimport test_loop\nfrom training import loop\n"
-        "loop.run(test_loop.Toy(pause=0.05), test_loop.settings(Path(sys.argv[2])), {})\n"
-    )
-    killed = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(killed)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while snapshot.latest(killed) is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    moments = random.Random(7)
+    # A server that has imported torch already: a new life costs a fork, not seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.toy"])
+    kills = 0
+    while kills < 20:
+        process = context.Process(target=life, args=(killed,))
+        process.start()
+        seen, deadline = snapshot.latest(killed), time.monotonic() + 60
+        while snapshot.latest(killed) == seen and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.join(moments.uniform(0.0, 0.05))
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
     path = snapshot.latest(killed)
+    assert kills == 20
     assert path is not None
-    assert snapshot.read(path).step < 30
-    assert loop.run(Toy(), settings(killed), {})
+    assert snapshot.read(path).step < 200
+    assert loop.run(Toy(), settings(killed, steps=200, snapshot_every=3), {})
     for name, value in final_state(whole.out).items():
         assert torch.equal(value, final_state(killed)[name]), name
 
@@ -247,3 +194,55 @@ def test_half_precision_is_autocast_around_float32_weights(tmp_path: Path) -> No
     assert loop.run(Looker(), settings(tmp_path, steps=1, precision="bfloat16"), {})
     assert seen[0] == torch.bfloat16
     assert {value.dtype for value in final_state(tmp_path).values()} == {torch.float32}
+
+
+def test_compiled_modules_keep_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that compiles nothing: what counts here is that the run stays the same run."""
+    compiled = []
+
+    def compile_in_place(module: nn.Module) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_in_place)
+    loop.run(Toy(), settings(tmp_path / "compiled", compile=True), {})
+    loop.run(Toy(), settings(tmp_path / "plain"), {})
+    assert len(compiled) == 1
+    expected, found = final_state(tmp_path / "plain"), final_state(tmp_path / "compiled")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+class EightBit(torch.optim.SGD):
+    """Has the state of bitsandbytes' AdamW8bit: codes of 8 bits, their scales, and a plain number of steps."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        assert betas == (0.9, 0.999)
+        assert weight_decay == 0.0
+        super().__init__(parameters, lr=lr)
+
+    def step(self, closure: None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            assert isinstance(state["step"], int)
+            codes = state.get("state1", torch.zeros(parameter.numel(), dtype=torch.uint8))
+            assert codes.dtype == torch.uint8
+            state["state1"] = codes + 3
+            parameter.data.add_(codes.float().view_as(parameter), alpha=-1e-4 * state["step"])
+
+
+def test_eight_bit_moments_are_stored_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=EightBit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    loop.run(Toy(), settings(tmp_path / "whole", steps=12, optimizer="adamw8bit"), {})
+    for steps in (5, 12):
+        loop.run(Toy(), settings(tmp_path / "halves", steps=steps, optimizer="adamw8bit"), {})
+    expected, found = final_state(tmp_path / "whole"), final_state(tmp_path / "halves")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        loop.run(Toy(), settings(tmp_path / "none", optimizer="adamw8bit"), {})
