@@ -1,6 +1,6 @@
 """Upscale one photograph in a real ComfyUI, from nothing, with one command.
 
-    python -m tools.demo [--image=PHOTOGRAPH] [--size=160] [--out=out]
+    python -m tools.demo [--image=PHOTOGRAPH] [--size=160] [--checkpoint=FILE] [--out=out]
 
 Makes the environment and fetches a ComfyUI if they are not there (COMFYUI_PATH names your own), starts it with the pack
 in it, runs workflows/api/clearsr_x4.json through its HTTP API and saves input, result, bicubic and both side by side.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -58,6 +59,12 @@ def only_node(prompt: Prompt, class_type: str) -> tuple[str, dict[str, Any]]:
     return found[0]
 
 
+def choose_checkpoint(prompt: Prompt, checkpoint: Path) -> None:
+    """Let a workflow load a file of one's own; the server shows its folder to ComfyUI beside the shipped one."""
+    os.environ["CLEARSR_MODELS"] = str(checkpoint.resolve().parent)
+    only_node(prompt, "ClearSRLoader")[1]["checkpoint"] = checkpoint.name
+
+
 def _pictures(python: Path, *arguments: object) -> None:
     """Do picture work in a Python that has Pillow."""
     command = [str(python), str(ROOT / "tools" / "pictures.py"), *map(str, arguments)]
@@ -71,11 +78,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="Upscale one photograph 4x in a real ComfyUI.")
     parser.add_argument("--image", type=Path, help="photograph to use instead of the sample")
     parser.add_argument("--size", type=int, default=160, help="long side of the small input, in pixels (default 160)")
+    parser.add_argument("--checkpoint", type=Path, help="self-contained ClearSR file to use instead of the shipped one")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the pictures (default out)")
     parser.add_argument("--publish", action="store_true", help="also make the pictures of README and workflow anew")
     options = parser.parse_args(arguments)
     if options.image is not None and not options.image.is_file():
         raise ToolError(f"--image={options.image}: no such file")
+    if options.checkpoint is not None and not options.checkpoint.is_file():
+        raise ToolError(f"--checkpoint={options.checkpoint}: no such file")
     if options.size < 8:
         raise ToolError(f"--size={options.size}: at least 8 pixels")
 
@@ -86,13 +96,15 @@ def main(arguments: list[str]) -> int:
     photograph = options.image or sample_photograph(host.python, out)
     small, result = out / "input.png", out / "result.png"
     _pictures(host.python, "shrink", photograph, small, options.size)
+    prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    if options.checkpoint is not None:
+        choose_checkpoint(prompt, options.checkpoint)
     prepared = time.monotonic()
 
     say(f"starting ComfyUI {host.version} with the pack")
     with running(host, out / "comfyui") as server:
         ready = time.monotonic()
         say(f"ready after {ready - prepared:.0f} s; running {WORKFLOW.relative_to(ROOT).as_posix()}")
-        prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
         only_node(prompt, "LoadImage")[1]["image"] = server.client.upload(small, "clearsr_demo.png")
         run = server.client.run(prompt, show=True)
         picture = run.outputs[only_node(prompt, "SaveImage")[0]]["images"][0]

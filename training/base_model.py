@@ -157,6 +157,41 @@ def random_networks(widths: tuple[int, ...]) -> BaseConfig:
         raise ValueError(f"--base_widths={','.join(map(str, widths))}: {error}.") from error
 
 
+def networks_of(source: Path, widths: tuple[int, ...] = SD21_NETWORKS.unet_widths) -> BaseConfig:
+    """Return the sizes of the networks that `BaseModel.load` would read, without reading their weights.
+
+    Raises:
+        ValueError: there is no such base model.
+    """
+    if source == RANDOM and not source.exists():
+        return random_networks(widths)
+    if source.is_dir():
+        configs = []
+        for part in ("unet", "vae"):
+            _check_part(source, part)
+            configs.append(json.loads((source / part / "config.json").read_text(encoding="utf-8")))
+        _check_unet_config(source)
+        unet, vae = configs
+        # diffusers keeps the number of heads under this name, one for all levels or one each.
+        heads = unet["attention_head_dim"]
+        first = unet["block_out_channels"][0]
+        return BaseConfig(
+            tuple(unet["block_out_channels"]),
+            first // (heads if isinstance(heads, int) else heads[0]),
+            unet["cross_attention_dim"],
+            tuple(vae["block_out_channels"]),
+            vae["layers_per_block"],
+            unet["norm_num_groups"],
+        )
+    header = read_safetensors_header(source, "Stable Diffusion 2.1-base")
+    if "clearsr.format" not in header.metadata:
+        return SD21_NETWORKS
+    networks = checkpoint.read(source).config.base
+    if networks is None:
+        raise ValueError(f"--base={source} is a ClearSR file without a base model. {HELP}")
+    return networks
+
+
 def _check_part(folder: Path, part: str) -> None:
     """Refuse a folder whose part is missing or has no safetensors; then whole files, because diffusers says less."""
     path = folder / part

@@ -19,7 +19,27 @@ class ConfigError(ValueError):
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """Return the table of a preset: a name in `training/presets`, or the path of a TOML file."""
+    """Return the table of a preset: a name in `training/presets`, or the path of a TOML file.
+
+    With `extends = "OTHER"` the table is that of the preset OTHER, and the file's own settings win over it.
+
+    Raises:
+        ConfigError: there is no such preset, it is no TOML, or it extends itself.
+    """
+    table: dict[str, Any] = {}
+    names: list[str] = []
+    parent: object = name
+    while parent is not None:
+        if parent in names:
+            raise ConfigError(f"Preset {name!r} extends itself: {' -> '.join([*names, str(parent)])}.")
+        names.append(str(parent))
+        own = _read_toml(str(parent))
+        parent = own.pop("extends", None)
+        table = {**own, **table}
+    return table
+
+
+def _read_toml(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else PRESET_FOLDER / f"{name}.toml"
     if not path.is_file():
         known = sorted(p.stem for p in PRESET_FOLDER.glob("*.toml"))

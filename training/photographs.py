@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import shards
+from . import shards, synthetic
 from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
@@ -176,6 +176,22 @@ class _Shards:
         return io.BytesIO(shards.read_member(*self._places[index]))
 
 
+def open_source(data: Path, smallest: int) -> Source:
+    """Find the pictures whose sides have at least `smallest` pixels; headers are read, nothing is decoded.
+
+    Raises:
+        ValueError: there are none, or `data` is no folder.
+    """
+    if data == synthetic.SYNTHETIC and not data.exists():
+        return synthetic.DeadLeaves(smallest)
+    if not data.is_dir():
+        raise ValueError(
+            f"--data={data} is not a folder. Give a folder of photographs, or of shards; or {synthetic.SYNTHETIC} for "
+            "a trial run."
+        )
+    return (_Shards if shards.is_shard_folder(data, SUFFIXES) else _Folder)(data, smallest)
+
+
 def _report(names: list[str], what: str) -> None:
     if names:
         more = f" and {len(names) - 10} more (training.prepare lists them all)" if len(names) > 10 else ""
@@ -265,7 +281,7 @@ class Photographs:
     same crop comes out either way, and from shards as from the folder that they were made of.
 
     Args:
-        data: a folder of picture files, searched with everything below it, or of shards.
+        data: a folder of picture files, searched with everything below it, or of shards; or `synthetic`.
         smallest: pictures with a side under this many pixels are left out, and reported.
         memory_gb: most memory that decoded pictures take, in 1e9 bytes.
         order: "area": every pixel is equally likely in every crop; "chunked": see `ChunkedOrder`.
@@ -273,11 +289,8 @@ class Photographs:
     """
 
     def __init__(self, data: Path, smallest: int, memory_gb: float = 4.0, order: Order = "area", seed: int = 0) -> None:
-        if not data.is_dir():
-            raise ValueError(f"--data={data} is not a folder. Give a folder of photographs, or of shards.")
         self.order = order
-        self._source: Source
-        self._source = (_Shards if shards.is_shard_folder(data, SUFFIXES) else _Folder)(data, smallest)
+        self._source = open_source(data, smallest)
         self._numbers = list(range(len(self._source.names)))  # of the pictures in use
         self._decoded = _Decoded(memory_gb * 1e9)
         self._unreadable: set[int] = set()

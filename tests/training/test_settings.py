@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,60 @@ def test_booleans() -> None:
 def test_choices_are_named() -> None:
     with pytest.raises(config.ConfigError, match=r"--control_time takes t or fixed, not 'sometimes'"):
         config.build(ClearSRSettings, {"steps": 1, "learning_rate": 1e-3, "out": "x"}, {"control_time": "sometimes"})
+
+
+def table(name: str) -> dict[str, object]:
+    return {"out": "runs/x", **config.read_preset(name)}
+
+
+def difference(name: str, other: str) -> dict[str, object]:
+    """Return the settings that `name` has and `other` has not, defaults included."""
+    first, second = (
+        config.build(ClearSRSettings, {key: value for key, value in table(preset).items() if key != "stage"})
+        for preset in (name, other)
+    )
+    return {
+        field.name: getattr(first, field.name)
+        for field in dataclasses.fields(first)
+        if getattr(first, field.name) != getattr(second, field.name)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("ablation_no_spm", {"use_spm": False}),
+        ("ablation_no_cross_attention", {"window_attention": False}),
+        ("ablation_no_windows", {"query_windows": (), "relative_bias": "none"}),
+        ("ablation_no_lora", {"vae_lora": False, "unet_lora": False}),
+        ("ablation_vae_lora", {"unet_lora": False}),
+        ("ablation_unet_lora", {"vae_lora": False}),
+    ],
+)
+def test_an_ablation_differs_by_its_row_of_tables_2_and_3_alone(name: str, row: dict[str, object]) -> None:
+    assert difference(name, "ablation") == row
+
+
+def test_the_ablations_differ_from_the_paper_by_length_and_rate_alone() -> None:
+    assert difference("ablation", "paper") == {"steps": 50_000, "learning_rate": 1e-4}
+    assert {path.stem for path in config.PRESET_FOLDER.glob("ablation_*.toml")} == {
+        *("ablation_no_spm", "ablation_no_cross_attention", "ablation_no_windows"),
+        *("ablation_no_lora", "ablation_vae_lora", "ablation_unet_lora"),
+    }
+
+
+def test_the_paper_preset_says_what_the_paper_says() -> None:
+    """Sec. 4.1 and Appendix A."""
+    paper = table("paper")
+    assert (paper["steps"], paper["batch"], paper["learning_rate"], paper["crop"]) == (150_000, 8, 5e-5, 512)
+    assert (paper["rank"], paper["degradation"], paper["ema"]) == (16, "paper", 0.0)
+
+
+def test_a_preset_inherits_and_its_own_settings_win(tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent.toml", tmp_path / "child.toml"
+    parent.write_text('stage = "clearsr"\nsteps = 5\nbatch = 2\n')
+    child.write_text(f"extends = {str(parent)!r}\nsteps = 7\n")
+    assert config.read_preset(str(child)) == {"stage": "clearsr", "steps": 7, "batch": 2}
+    parent.write_text(f"extends = {str(child)!r}\n")
+    with pytest.raises(config.ConfigError, match="extends itself"):
+        config.read_preset(str(child))

@@ -1,0 +1,128 @@
+"""The plan of a run: memory that real steps confirm byte by byte, data and length as the run will have them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import bench_step, config, optimizer, plan, rehearsal
+from training.autoencoder import AutoencoderSettings
+from training.base import BaseSettings
+from training.clearsr import ClearSRSettings, ClearSRStage
+from training.live_memory import LiveMemory
+
+TINY = {
+    "steps": 2,
+    "learning_rate": 1e-4,
+    "out": "nowhere",
+    "base": "random",
+    "data": "synthetic",
+    "base_widths": "32,32,32,32",
+    "crops": 0,
+    "crop": 64,
+    "batch": 2,
+}
+
+
+def settings(**changes: object) -> ClearSRSettings:
+    return config.build(ClearSRSettings, {**TINY, **changes})
+
+
+def measured(chosen: ClearSRSettings) -> tuple[int, int]:
+    """Return the bytes of weights, and the most that is alive in the second of two real steps."""
+    stage = ClearSRStage(chosen)
+    stage.start(range(chosen.batch))
+    parameters = stage.trainable()
+    for name, parameter in stage.weights().items():
+        parameter.requires_grad_(name in parameters)
+    with LiveMemory(rehearsal.convolution_workspace) as memory:
+        memory.count([*stage.module.parameters(), *stage.module.buffers()])
+        weights = memory.live
+        batch = type(stage.batch(1))(*(v.clone() if isinstance(v, torch.Tensor) else v for v in stage.batch(1)))
+        moments = optimizer.build(chosen.optimizer, parameters.values(), chosen.learning_rate)
+        rehearsal.step(stage.module, batch, moments, parameters, chosen)
+        moments.zero_grad(set_to_none=True)
+        memory.forget_peak()
+        rehearsal.step(stage.module, batch, moments, parameters, chosen)
+        return weights, memory.peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bfloat16", "checkpointing": "all", "accumulation": 2},
+        {"checkpointing": "encoder", "crops": 4, "unet_lora": False},
+    ],
+    ids=["plain", "bfloat16, all checkpointed, accumulated", "encoder checkpointed, fixed crops, one LoRA"],
+)
+def test_estimate_is_what_a_real_step_holds(changes: dict[str, object], tmp_path: Path) -> None:
+    chosen = settings(**changes, cache=tmp_path / "latents.safetensors")
+    weights, peak = measured(chosen)
+    expected = rehearsal.estimate(chosen)
+    assert expected.weights == pytest.approx(weights, rel=1e-4)
+    # A few numbers are made in the loop and not on its way into the step.
+    assert expected.total == pytest.approx(peak, rel=1e-3)
+
+
+def test_memory_follows_the_settings() -> None:
+    plain = rehearsal.estimate(settings())
+    wider = rehearsal.estimate(settings(batch=4))
+    assert wider.batch == 2 * plain.batch
+    assert wider.activations > 1.7 * plain.activations
+    assert wider.operations == pytest.approx(2 * plain.operations, rel=0.05)
+    apart = rehearsal.estimate(settings(batch=4, accumulation=2))
+    assert apart.activations < 1.1 * plain.activations
+    assert rehearsal.estimate(settings(batch=4), processes=2) == plain
+    assert rehearsal.estimate(settings(checkpointing="all")).activations < 0.7 * plain.activations
+    assert rehearsal.estimate(settings(ema=0.9)).averaged == pytest.approx(plain.optimizer / 2, rel=0.01)
+    assert rehearsal.estimate(settings(optimizer="adamw8bit")).optimizer < 0.5 * plain.optimizer
+
+
+def test_a_gpu_keeps_norms_in_float32() -> None:
+    half = settings(precision="bfloat16", checkpointing="encoder")
+    on_gpu = rehearsal.estimate(dataclasses.replace(half, device="cuda"))
+    assert on_gpu.weights == rehearsal.estimate(half).weights
+    assert on_gpu.activations > rehearsal.estimate(dataclasses.replace(half, batch=1)).activations
+
+
+def test_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(ValueError, match="--batch=2 cannot be shared out evenly among 4 processes"):
+        rehearsal.estimate(settings(), processes=4)
+
+
+def test_plan_says_what_the_run_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = plan.describe(settings(steps=2880))
+    lines = {line.strip().split("  ")[0]: line.split() for line in text.splitlines()}
+    assert lines["base_widths = 32,32,32,32"]
+    assert lines["16 pictures, 9.4 megapixels"]
+    assert lines["1152.0 steps in an epoch; 2880 steps are 2.5 epochs"]
+    stage = rehearsal.shapes_of(settings())
+    trained = sum(value.numel() for value in stage.trainable().values())
+    whole = sum(value.numel() for value in stage.module.parameters())
+    total = [float(number) for number in lines["total"][1:]]
+    assert total == pytest.approx([trained / 1e6, (whole - trained) / 1e6], abs=0.01)
+    assert {"UNet LoRA", "VAE LoRA", "DPM", "SPM", "UNet", "VAE"} <= lines.keys()
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_stage_has_a_plan(tmp_path: Path) -> None:
+    values = {**config.read_preset("nano_autoencoder"), "out": tmp_path, "data": "synthetic", "crop": 64}
+    values.pop("stage")
+    text = plan.describe(config.build(AutoencoderSettings, values))
+    assert "autoencoder" in text
+    with pytest.raises(ValueError, match="holds no autoencoder"):
+        base = {"steps": 1, "learning_rate": 1e-4, "out": tmp_path, "vae": tmp_path, "data": "synthetic"}
+        plan.describe(config.build(BaseSettings, base))
+
+
+def test_measuring_finds_only_the_declared_parameters_moving() -> None:
+    found = bench_step.measure(settings(steps=3))
+    assert not found.strays
+    assert len(found.moved) > 500
+    assert found.peak > found.start > 0
+    assert len(found.seconds) == 3

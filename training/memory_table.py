@@ -1,0 +1,47 @@
+"""Memory of a step by batch and checkpointing, as a markdown table: `python -m training.memory_table --preset=paper`.
+
+Takes further settings as `training.train` does; weights and data are not needed. One process; GPU memory in GiB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+
+from . import config, rehearsal
+from .clearsr import ClearSRSettings
+
+log = logging.getLogger("clearsr.training")
+
+BATCHES = (1, 2, 4, 8)
+CHECKPOINTING = ("none", "encoder", "all")
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table row by row; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        overrides = config.parse_overrides(arguments)
+        preset = config.read_preset(overrides.pop("preset", "paper"))
+        preset.pop("stage", "")
+        defaults = {"out": "runs/table", "base": "random"}
+        settings = config.build(ClearSRSettings, defaults, preset, overrides)
+        log.info("| crops at once | %s | TFLOP of a step |", " | ".join(CHECKPOINTING))
+        log.info("|---%s|", "|---" * (len(CHECKPOINTING) + 1))
+        for batch in BATCHES:
+            found = [
+                rehearsal.estimate(dataclasses.replace(settings, batch=batch, accumulation=1, checkpointing=what))
+                for what in CHECKPOINTING
+            ]
+            cells = [f"{estimate.total / 2**30:.1f}" for estimate in found]
+            operations = ", ".join(f"{estimate.operations / 1e12:.1f}" for estimate in found)
+            log.info("| %d | %s | %s |", batch, " | ".join(cells), operations)
+    except (config.ConfigError, ValueError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
