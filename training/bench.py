@@ -8,6 +8,7 @@ ways take turns, so that what is compared was measured side by side. `--device=c
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import statistics
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from . import config, loop, models
 from .bench_step import held
@@ -139,7 +139,7 @@ def measure(way: str, settings: ClearSRSettings) -> Turn:
     for step in range(3):
         stage.make(step)
     data_rate = 3 * settings.batch / (time.perf_counter() - began)
-    seconds = [later - earlier for earlier, later in zip(times[1:], times[2:], strict=False)]
+    seconds = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
     return Turn(settings.batch / statistics.median(seconds), peaks[-1] - start, data_rate)
 
 
@@ -192,7 +192,7 @@ def table(turns: dict[str, list[Turn]]) -> str:
     """Return a markdown table: medians, and ratios to the plain loop of the same round."""
     plain = turns[PLAIN]
     lines = [
-        "| Way | Samples per second | of the plain loop's | Peak memory, GiB | of the plain loop's | Data alone, samples per second |",
+        "| Way | Samples per second | Ratio | Peak memory, GiB | Ratio | Data alone, samples per second |",
         "|---|---|---|---|---|---|",
     ]
     for way, own in turns.items():
