@@ -109,7 +109,7 @@ class BaseStage:
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Write a sheet of unconditional samples."""
         generator = torch.Generator().manual_seed(1)
-        sampler = DDPMScheduler.from_config(self.schedule.config, timestep_spacing="leading", steps_offset=1)
+        sampler = DDPMScheduler.from_config(self.module.schedule.config, timestep_spacing="leading", steps_offset=1)
         sampler.set_timesteps(25)
         side = self.settings.crop // 8
         x_t = torch.randn(8, 4, side, side, generator=generator).to(self.settings.device)

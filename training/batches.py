@@ -21,6 +21,7 @@ class DataSettings(LoopSettings):
     """What every stage asks about its photographs."""
 
     data: Path = Path("data")  # a folder of pictures, or of shards that training.prepare has written
+    crop: int = 128  # side of a sample in pixels, a multiple of 8
     memory_gb: float = 4.0  # most memory that decoded pictures take; of more, those used last are kept
     order: Literal["area", "chunked"] = "area"  # every pixel equally likely, or one shard after the other
     workers: int = 0  # threads that make the batches of later steps

@@ -33,7 +33,7 @@ FREE = {
     *("accumulation", "checkpointing", "compile", "degrade_on"),
 }
 
-Batch = TypeVar("Batch", bound=tuple)
+Batch = TypeVar("Batch", bound=tuple, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ class LoopSettings:
 class Stage(Protocol[Batch]):
     """One thing to train: it says what moves, makes batches on the CPU, and its module turns them into a loss."""
 
-    module: nn.Module  # module(batch) -> (loss, figures): scalars; holds every parameter that moves
+    @property
+    def module(self) -> nn.Module:
+        """Holds every parameter that moves; module(batch) -> (loss, figures), scalars."""
+        ...
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return exactly the parameters that move, by the names under which they are stored."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -103,6 +104,6 @@ def mean_and_any(accelerator: Accelerator, value: Tensor, flag: bool) -> tuple[f
     """Return the mean of a number over all processes, and whether any of them raised its flag."""
     both = torch.stack([value.detach().float(), torch.tensor(float(flag), device=value.device)])
     if accelerator.num_processes > 1:
-        both = accelerator.reduce(both, reduction="mean")
+        both = cast("Tensor", accelerator.reduce(both, reduction="mean"))
     mean, share = both.tolist()
     return mean, share > 0.0

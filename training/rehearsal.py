@@ -7,7 +7,7 @@ and accumulation are therefore in the estimate because they are in the step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +211,7 @@ def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
         stage.start(rows)
         batch = stage.batch(1)
         with_batch = memory.live
-        moments = _optimizer(settings, memory.parameters)
+        moments = _optimizer(settings, parameters.values())
         step(stage.module, batch, moments, parameters, here)  # the moments come into being
         moments.zero_grad(set_to_none=True)
         memory.forget_peak()
@@ -259,7 +259,7 @@ def _give_shapes(module: nn.Module) -> None:
             part.schedule = noise_schedule()
 
 
-def _optimizer(settings: DataSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(settings: DataSettings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimiser of the run; that of 8 bits, which needs its package and a GPU, by what it keeps."""
     if settings.optimizer == "adamw8bit":
         return _EightBitMoments(parameters, {})

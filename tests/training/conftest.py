@@ -22,12 +22,30 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(2):
         coarse = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((96, 80), Image.Resampling.BICUBIC).save(photographs / f"{index}.png")
-    shared = [f"--data={photographs}", "--steps=2", "--threads=1", "--crop=64", "--batch=2", "--validate_every=0"]
-    assert train.main(["--preset=nano_autoencoder", *shared, "--widths=32,32,32,32", f"--out={root}/autoencoder"]) == 0
+    shared = [f"--data={photographs}", "--steps=2", "--threads=1", "--crop=64", "--batch=2"]
+    assert (
+        train.main(
+            [
+                "--preset=nano_autoencoder",
+                *shared,
+                "--widths=32,32,32,32",
+                "--validate_every=2",
+                f"--out={root}/autoencoder",
+            ]
+        )
+        == 0
+    )
     cache = f"--cache={root}/latents.safetensors"
-    base = ["--widths=32,32,64,64", "--context_dim=16", f"--vae={root}/autoencoder/vae", f"--out={root}/base"]
+    base = [
+        "--validate_every=2",
+        "--widths=32,32,64,64",
+        "--context_dim=16",
+        f"--vae={root}/autoencoder/vae",
+        f"--out={root}/base",
+    ]
     assert train.main(["--preset=nano_base", *shared, cache, "--crops=4", *base]) == 0
-    assert train.main(["--preset=nano", *shared, cache, "--crops=4", f"--base={root}/base", f"--out={root}/nano"]) == 0
+    nano = ["--validate_every=0", f"--base={root}/base", f"--out={root}/nano"]
+    assert train.main(["--preset=nano", *shared, cache, "--crops=4", *nano]) == 0
     return root
 
 

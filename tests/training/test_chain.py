@@ -360,6 +360,12 @@ def test_checkpointing_keeps_less(chain: Path) -> None:
     assert everything < none / 2
 
 
+def test_every_stage_validates_with_pictures(chain: Path) -> None:
+    for stage, measure in (("autoencoder", "psnr"), ("base", "latent_std")):
+        assert (chain / stage / "validation_00000002.png").is_file()
+        assert run_folder.validations(chain / stage, measure)
+
+
 def test_validation_measures_and_shows_what_the_decoder_makes_of_x_lr(chain: Path, tmp_path: Path) -> None:
     _one_step(chain, tmp_path, "--validate_every=2", "--best=psnr")
     with Image.open(tmp_path / "validation_00000002.png") as sheet:
