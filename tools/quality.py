@@ -111,7 +111,8 @@ def main(arguments: list[str]) -> int:
 
     methods = [*options.baselines.split(","), *(f"{folder_of(out, s).name}={folder_of(out, s)}" for s in settings)]
     command = [str(python), "-m", "training.evaluate", f"--hr={options.hr}", f"--lr={options.lr}"]
-    command += [f"--limit={options.limit}", f"--methods={','.join(methods)}", f"--out={out}"]
+    # The folder is named after what made its pictures: tables of fewer settings or pictures may go.
+    command += [f"--limit={options.limit}", f"--methods={','.join(methods)}", f"--out={out}", "--overwrite=true"]
     return subprocess.run(command, cwd=ROOT).returncode
 
 

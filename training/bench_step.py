@@ -60,7 +60,7 @@ def measure(settings: ClearSRSettings) -> Measurement:
     Raises:
         ValueError: the system does not say how much memory a process holds.
     """
-    start = _held("VmRSS")
+    start = held("VmRSS")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     stage = ClearSRStage(settings)
@@ -76,7 +76,7 @@ def measure(settings: ClearSRSettings) -> Measurement:
         loss = rehearsal.step(stage.module, stage.batch(number), moments, parameters, settings)
         losses.append(float(loss))
         seconds.append(time.monotonic() - began)
-    peak = _held("VmHWM")
+    peak = held("VmHWM")
 
     declared = {id(parameter) for parameter in parameters.values()}
     after = _fingerprints(stage.module)
@@ -87,7 +87,7 @@ def measure(settings: ClearSRSettings) -> Measurement:
     )
 
 
-def _held(kind: str) -> int:
+def held(kind: str) -> int:
     """Return the bytes of main memory that this process holds (VmRSS) or held at most (VmHWM)."""
     if not _STATUS.is_file():
         raise ValueError(f"training.bench_step reads {_STATUS}, which this system does not have: run it on Linux.")

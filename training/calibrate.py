@@ -26,9 +26,9 @@ from clearsr_core.checkpoint import CheckpointError
 
 from . import config, evaluate, loop, metrics, plots
 from .clearsr_model import ClearSRModel
-from .evaluate import Summary, summarise
 from .photographs import read_pixels, read_rgb, to_bytes
 from .pipeline import bound_eps, encode_lr, noise_sources, sampling_schedule, start_state, to_pixels, trajectory
+from .tables import TITLES, Summary, summarise
 
 log = logging.getLogger("clearsr.training")
 
@@ -176,7 +176,7 @@ def write_results(settings: CalibrateSettings, curves: dict[str, Curve], niqe_hr
         spread = [cell.half_width for cell in cells]
         panels.append(
             plots.Panel(
-                evaluate.TITLES[key],
+                TITLES[key],
                 [
                     plots.Curve(
                         "predicted x_0" if settings.of == "x0" else "state x_{t-1}",

@@ -22,6 +22,7 @@ from .clip_vision import ClipImagePrompt
 from .export import export, latent_rgb
 from .latents import Crops, FixedPairs
 from .loop import plain
+from .pairs import DegradeOn, degrade_pairs
 from .photographs import to_bytes, write_png
 from .pipeline import sample, upscale_lr
 from .randomness import generator_for
@@ -47,6 +48,7 @@ class ClearSRSettings(DataSettings):
     unet_lora: bool = True  # off: the UNet's decoder stays as it is (Tab. 3)
     prompt_dropout: float = 0.1  # share of batches that see the empty prompt instead of p
     degradation: Literal["paper", "light"] = "paper"
+    degrade_on: DegradeOn = "cpu"  # in the workers, or, for a GPU, on the device of the model
     usm: bool = False  # sharpen every crop by unsharp masking before it is encoded and degraded
     checkpointing: Checkpointing = "none"  # what is computed twice instead of kept for the gradients
     control_input: Literal["lr", "lr+xt"] = "lr"
@@ -87,7 +89,9 @@ class PairBatch(NamedTuple):
     hq: Tensor  # (B, 4, h, w) latents in model units, or (B, 3, crop, crop) crops in [-1, 1] that are new every time
     noise: Tensor  # (B, 4, h, w)
     timesteps: Tensor  # (B,) 0 .. 999
-    lr_images: Tensor | None  # (B, 3, crop, crop) in [0, 1]; None where the pairs are fixed
+    lr_images: Tensor | None  # (B, 3, crop, crop) in [0, 1]; None where the pairs are fixed, or made on the device
+    hq_images: Tensor | None  # (B, 3, crop, crop) in [-1, 1], of which the device makes them where `hq` is latents
+    numbers: Tensor | None  # (B,) of the samples, which decide the degradations
     lr_latents: Tensor | None  # (B, 4, h, w) x_lr of fixed pairs
     prompts: Tensor | None  # (B, n, C) p of fixed pairs
     keep_prompt: bool  # else the whole batch sees the empty prompt
@@ -97,9 +101,9 @@ class PairBatch(NamedTuple):
 class ClearSRObjective(nn.Module):
     """Eq. 1."""
 
-    def __init__(self, model: ClearSRModel) -> None:
+    def __init__(self, model: ClearSRModel, settings: ClearSRSettings) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.settings = model, settings
         self.schedule = noise_schedule()
 
     def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,14 +111,13 @@ class ClearSRObjective(nn.Module):
         model, figures = self.model, {}
         x_0 = batch.hq if batch.hq.shape[1] == 4 else models.encode(model.vae, batch.hq)
         x_t = self.schedule.add_noise(x_0, batch.noise, batch.timesteps)
-        if batch.lr_images is None:
+        if batch.lr_latents is not None and batch.prompts is not None:
             lr_latents, prompts = batch.lr_latents, batch.prompts
-            assert lr_latents is not None and prompts is not None
         else:
-            lr_images = batch.lr_images * 2.0 - 1.0
-            lr_latents, prompts = model.lr_encoder(lr_images), model.image_prompt(batch.lr_images)
+            lr_images = self._lr_images(batch)
+            lr_latents, prompts = model.lr_encoder(lr_images * 2.0 - 1.0), model.image_prompt(lr_images)
             if batch.watch:
-                figures["encoder_drift"] = encoder_drift(model, lr_images, lr_latents)
+                figures["encoder_drift"] = encoder_drift(model, lr_images * 2.0 - 1.0, lr_latents)
         # p is dropped now and then, so that the empty prompt stays meaningful (guidance, missing image encoder). The
         # whole batch at once: p and the empty prompt need not have the same number of tokens.
         if not batch.keep_prompt:
@@ -122,6 +125,30 @@ class ClearSRObjective(nn.Module):
             prompts = model.null_text.expand(len(x_t), -1, -1) + 0.0 * prompts.mean()
         eps = model.eps(x_t, batch.timesteps, lr_latents, prompts)
         return torch.nn.functional.mse_loss(eps.float(), batch.noise), figures
+
+    def _lr_images(self, batch: PairBatch) -> Tensor:
+        if batch.lr_images is not None:
+            return batch.lr_images
+        hq_images = batch.hq if batch.hq_images is None else batch.hq_images
+        assert batch.numbers is not None
+        return lr_partners(hq_images, batch.numbers, self.settings)
+
+
+def lr_partners(hq_images: Tensor, numbers: Tensor, settings: ClearSRSettings) -> Tensor:
+    """Degrade and enlarge crops.
+
+    Args:
+        hq_images: (B, 3, crop, crop) in [-1, 1].
+        numbers: (B,) of the samples; with the seed they decide what happens to each crop.
+        settings: of the run.
+
+    Returns:
+        (B, 3, crop, crop) in [0, 1].
+    """
+    preset = degradation.PRESETS[settings.degradation]
+    hq = (hq_images + 1.0) / 2.0
+    pairs = degrade_pairs(hq, numbers.tolist(), settings.seed + 4, preset, degrade_on=settings.degrade_on)
+    return upscale_lr(pairs, (settings.crop, settings.crop))
 
 
 @torch.no_grad()
@@ -138,7 +165,6 @@ class ClearSRStage:
             raise ValueError(f"--best=niqe needs crops of {NIQE_SIDE} pixels or more, not --crop={settings.crop}.")
         self.settings = settings
         base = BaseModel.load(settings.base, settings.base_widths, settings.seed)
-        self.degradation = degradation.PRESETS[settings.degradation]
         photographs = settings.photographs(settings.crop)
         base.vae.to(settings.device)
         self.crops = Crops(
@@ -160,7 +186,7 @@ class ClearSRStage:
             clip = ClipImagePrompt.load(settings.clip_vision, patch=patch, context_dim=control.context_dim)
         self.model = ClearSRModel(base, control, settings.rank, settings.prompt_mode, settings.seed, clip)
         checkpoint_blocks(self.model, settings.checkpointing)
-        self.module = ClearSRObjective(self.model).to(settings.device)
+        self.module = ClearSRObjective(self.model, settings).to(settings.device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         settings = self.settings
@@ -180,31 +206,14 @@ class ClearSRStage:
         self.rows = rows
         self.fixed_pairs = None
         if settings.freeze_encoders:
-            degraded = self.degraded
             self.fixed_pairs = FixedPairs(
-                self.crops, degraded, self.model, settings.degradation, settings.seed, settings.pair_cache
+                self.crops, self.degraded, self.model, settings.degradation, settings.seed, settings.pair_cache
             )
         self.batches = Ahead(self.make, settings.steps, settings.workers)
 
     def degraded(self, numbers: Tensor) -> Tensor:
-        """Return crops of the fixed set as they were degraded once: (B, 3, crop, crop) in [0, 1]."""
-        return self.pairs(self.crops.images(numbers), numbers.tolist())
-
-    def pairs(self, hq_images: Tensor, numbers: list[int]) -> Tensor:
-        """Degrade and enlarge crops.
-
-        Args:
-            hq_images: (B, 3, crop, crop) in [-1, 1].
-            numbers: of the samples; with the seed they decide what happens to each crop.
-
-        Returns:
-            (B, 3, crop, crop) in [0, 1].
-        """
-        lr_images = [
-            degradation.degrade(image, generator_for(self.settings.seed + 4, number), self.degradation)
-            for image, number in zip((hq_images + 1.0) / 2.0, numbers, strict=True)
-        ]
-        return upscale_lr(torch.stack(lr_images), (self.settings.crop, self.settings.crop))
+        """Return crops of the fixed set as they are degraded once: (B, 3, crop, crop) in [0, 1]."""
+        return lr_partners(self.crops.images(numbers), numbers, self.settings)
 
     def batch(self, step: int) -> PairBatch:
         return self.batches.get(step)
@@ -221,21 +230,22 @@ class ClearSRStage:
         share = slice(self.rows.start, self.rows.stop)
         indices, noise, timesteps = indices[share], noise[share], timesteps[share]
         hq = self.crops.hq(indices)
+        batch = PairBatch(hq, noise, timesteps, None, None, None, None, None, keep_prompt, step % 50 == 0)
         if self.fixed_pairs is not None:
             pairs = self.fixed_pairs
-            return PairBatch(
-                hq, noise, timesteps, None, pairs.latents[indices], pairs.prompts[indices], keep_prompt, False
-            )
-        hq_images = hq if hq.shape[1] == 3 else self.crops.images(indices)
-        lr_images = self.pairs(hq_images, [step * settings.batch + row for row in self.rows])
-        return PairBatch(hq, noise, timesteps, lr_images, None, None, keep_prompt, watch=step % 50 == 0)
+            return batch._replace(lr_latents=pairs.latents[indices], prompts=pairs.prompts[indices])
+        hq_images = self.crops.images(indices) if hq.shape[1] == 4 else None
+        numbers = torch.arange(step * settings.batch, (step + 1) * settings.batch)[share]
+        if settings.degrade_on == "device":
+            return batch._replace(hq_images=hq_images, numbers=numbers)
+        return batch._replace(lr_images=lr_partners(hq if hq_images is None else hq_images, numbers, settings))
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Restore four fixed pairs in 20 steps; write upscaled input, decoded x_lr, result and target as one sheet."""
         numbers = torch.arange(4)
         generator = generator_for(self.settings.seed, -1)
         hq_images = self.crops.images(numbers)
-        lr_images = self.pairs(hq_images, numbers.tolist()).to(self.settings.device)
+        lr_images = lr_partners(hq_images, numbers, self.settings).to(self.settings.device)
         lr_latents = self.model.lr_encoder(lr_images * 2.0 - 1.0)
         prompts = self.model.image_prompt(lr_images)
         x_0 = sample(

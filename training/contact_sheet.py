@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import config, degradation
 from .blur_kernels import BlurKernel
+from .pairs import DegradeOn, degrade_pairs
 from .photographs import Photographs
 from .pipeline import upscale_lr
 from .randomness import generator_for
@@ -24,6 +25,7 @@ log = logging.getLogger("clearsr.training")
 GAP = 8  # pixels around every pair
 LINE = 13  # height of a line of the caption, in pixels
 LINES = 7
+AMPLIFIED = 16  # times the difference of the two paths is shown
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class ContactSheetSettings:
     crop: int = 256  # pixels
     seed: int = 0
     enlarge: Literal["nearest", "bicubic"] = "nearest"  # pixels as they are, or as the encoder sees them
+    degrade_on: Literal["cpu", "device", "both"] = "cpu"  # the path of the degradation; both: beside their difference
+    device: str = "cpu"  # of the second path
     memory_gb: float = 1.0
 
 
@@ -82,15 +86,31 @@ def _pixels(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255.0).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def pair(photographs: Photographs, number: int, settings: ContactSheetSettings) -> tuple[Tensor, Tensor, list[str]]:
-    """Return crop `number` (3, crop, crop), its partner (3, crop / 4, crop / 4), both in [0, 1], and its caption."""
+def pair(
+    photographs: Photographs, number: int, settings: ContactSheetSettings
+) -> tuple[Tensor, list[Tensor], list[str]]:
+    """Return a crop and what stands beside it.
+
+    Returns:
+        Crop `number`, (3, crop, crop) in [0, 1]; its partner of each path, and with both paths their difference around
+        middle grey, each (3, crop / 4, crop / 4); the caption.
+    """
     hq = photographs.crop(settings.crop, generator_for(settings.seed + 1, number), candidates=2, number=number)
     hq = (hq + 1.0) / 2.0
     if settings.usm:
         hq = degradation.sharpen(hq)
-    generator = generator_for(settings.seed, number)
-    recipe = degradation.draw(generator, degradation.PRESETS[settings.degradation])
-    return hq, degradation.apply(hq, recipe, generator), caption(number, recipe)
+    seed, preset = settings.seed + 4, degradation.PRESETS[settings.degradation]  # training takes this seed too
+    lines = caption(number, degradation.draw(generator_for(seed, number), preset))
+    paths: tuple[DegradeOn, ...] = ("cpu", "device") if settings.degrade_on == "both" else (settings.degrade_on,)
+    partners = []
+    for path in paths:
+        where = settings.device if path == "device" else "cpu"
+        partners.append(degrade_pairs(hq[None].to(where), [number], seed, preset, degrade_on=path)[0].cpu())
+    if len(partners) == 2:
+        difference = partners[1] - partners[0]
+        lines[0] += f", paths differ by up to {float(difference.abs().max()) * 255:.0f} of 255"
+        partners.append((0.5 + AMPLIFIED * difference).clamp(0.0, 1.0))
+    return hq, partners, lines
 
 
 def run(settings: ContactSheetSettings) -> None:
@@ -100,23 +120,30 @@ def run(settings: ContactSheetSettings) -> None:
     photographs = Photographs(settings.data, settings.crop, settings.memory_gb)
     columns = min(settings.columns, settings.count)
     side, rows = settings.crop, -(-settings.count // columns)
-    width, height = 2 * side + 2 * GAP, side + LINES * LINE + 2 * GAP
+    pictures = 4 if settings.degrade_on == "both" else 2
+    width, height = pictures * side + 2 * GAP, side + LINES * LINE + 2 * GAP
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for number in range(settings.count):
-        hq, lr, lines = pair(photographs, number, settings)
+        hq, partners, lines = pair(photographs, number, settings)
         x, y = number % columns * width + GAP, number // columns * height + GAP
-        if settings.enlarge == "bicubic":
-            shown = _pixels(upscale_lr(lr[None], (side, side))[0])
-        else:
-            shown = _pixels(lr).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(_pixels(hq), (x, y))
-        sheet.paste(shown, (x + side, y))
+        for place, lr in enumerate(partners, start=1):
+            if settings.enlarge == "bicubic":
+                shown = _pixels(upscale_lr(lr[None], (side, side))[0])
+            else:
+                shown = _pixels(lr).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(shown, (x + place * side, y))
         for place, line in enumerate(lines):
             draw.text((x, y + side + 2 + place * LINE), line, fill="black")
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(settings.out, "PNG")
-    log.info("%s: %d pairs, target on the left, low-quality picture on the right", settings.out, settings.count)
+    shown = (
+        f"target, CPU path, device path, {AMPLIFIED} x their difference"
+        if pictures == 4
+        else "target, low-quality picture"
+    )
+    log.info("%s: %d pairs, each from left to right: %s", settings.out, settings.count, shown)
 
 
 def main(arguments: list[str]) -> int:

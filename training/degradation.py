@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .blur_kernels import BlurKernel, chance, choose, draw_blur, draw_sinc, uniform
+from .pixel_noise import add_gaussian_noise, add_poisson_noise
 
 RESIZE_MODES = {"area": 1.0, "bilinear": 1.0, "bicubic": 1.0}
 
@@ -167,8 +169,9 @@ def _pad(image: Tensor, margin: int) -> Tensor:
 
 
 def blur(image: Tensor, kernel: Tensor) -> Tensor:
-    """Filter (3, H, W) with a (k, k) kernel that is symmetric about its centre, as every `BlurKernel` is."""
+    """Filter (3, H, W) on any device with a (k, k) kernel that is symmetric about its centre, as `BlurKernel`s are."""
     height, width = image.shape[-2:]
+    kernel = kernel.to(image.device, non_blocking=True)
     k = kernel.shape[0]
     padded = _pad(image, k // 2)  # (3, H + k - 1, W + k - 1)
     # By FFT: the same millisecond for every kernel size, 4 times faster than direct filtering at 21 x 21.
@@ -185,32 +188,8 @@ def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return F.interpolate(image[None], size=size, mode=mode, align_corners=align_corners)[0]
 
 
-def add_gaussian_noise(image: Tensor, sigma: float, grey: bool, generator: torch.Generator) -> Tensor:
-    """Add normal noise of `sigma` grey levels to (3, H, W) in [0, 1]."""
-    noise = torch.randn((1 if grey else 3, *image.shape[-2:]), generator=generator)
-    return (image + noise * (sigma / 255.0)).clamp_(0.0, 1.0)
-
-
-def add_poisson_noise(image: Tensor, scale: float, grey: bool, generator: torch.Generator) -> Tensor:
-    """Add `scale` times the shot noise of (3, H, W) in [0, 1].
-
-    The photon count of white is the number of distinct 8-bit levels in the picture, rounded up to a power of two:
-    a flat picture is a noisy one.
-    """
-    source = image
-    if grey:
-        luma = image.new_tensor([0.299, 0.587, 0.114])
-        source = torch.einsum("c,chw->hw", luma, image)[None]  # (1, H, W)
-    levels = (source.clamp(0.0, 1.0) * 255.0).round_()
-    distinct = int((torch.bincount(levels.flatten().long(), minlength=256) > 0).sum())
-    photons = 2.0 ** math.ceil(math.log2(distinct))
-    clean = levels / 255.0
-    noise = torch.poisson(clean * photons, generator=generator) / photons - clean
-    return (image + scale * noise).clamp_(0.0, 1.0)
-
-
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """Send (3, H, W) in [0, 1] through a real JPEG file in memory (8 bit, colour at half resolution)."""
+    """Send (3, H, W) in [0, 1] on the CPU through a real JPEG file in memory (8 bit, colour at half resolution)."""
     pixels = (image * 255.0).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=quality)
@@ -223,37 +202,51 @@ def _apply_noise(image: Tensor, stage: Stage, generator: torch.Generator) -> Ten
     return add(image, stage.noise_strength, stage.grey_noise, generator)
 
 
-def apply(hq: Tensor, recipe: Recipe, generator: torch.Generator, scale: int = 4) -> Tensor:
-    """Follow `recipe`, with shapes as in `degrade`; `generator` gives the noise of each pixel."""
-    height, width = hq.shape[-2:]
-    final = (height // scale, width // scale)
-    first, second = recipe.first, recipe.second
+def until_first_jpeg(hq: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Blur, resize and add noise in the size of the good picture (3, H, W), on its device."""
+    stage = recipe.first
+    image = blur(hq, stage.kernel.weights()) if stage.kernel else hq
+    image = resize(image, _scaled(hq.shape[-2:], stage.resize_factor), stage.resize_mode)
+    return _apply_noise(image, stage, generator)
 
-    # First stage, in the size of the good picture.
-    image = blur(hq, first.kernel.weights()) if first.kernel else hq
-    image = resize(image, _scaled((height, width), first.resize_factor), first.resize_mode)
-    image = jpeg(_apply_noise(image, first, generator), first.jpeg_quality)
 
-    # Second stage, in the size of the low-quality picture.
-    if second.kernel:
-        image = blur(image, second.kernel.weights())
-    image = resize(image, _scaled(final, second.resize_factor), second.resize_mode)
-    image = _apply_noise(image, second, generator)
+def until_second_jpeg(image: Tensor, recipe: Recipe, final: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Blur, resize and add noise in the size of the low-quality picture, `final`; end it if the JPEG comes last."""
+    stage = recipe.second
+    if stage.kernel:
+        image = blur(image, stage.kernel.weights())
+    image = resize(image, _scaled(final, stage.resize_factor), stage.resize_mode)
+    image = _apply_noise(image, stage, generator)
+    return _end(image, recipe, final) if recipe.jpeg_last else image
 
-    # Final size and ringing, before or after the second JPEG.
+
+def after_second_jpeg(image: Tensor, recipe: Recipe, final: tuple[int, int]) -> Tensor:
+    """Return the low-quality picture, (3, *final): ended here unless the JPEG came last, in 8 bits like a real file."""
     if not recipe.jpeg_last:
-        image = jpeg(image, second.jpeg_quality)
-    image = resize(image, final, recipe.final_mode)
-    if recipe.final_sinc:
-        image = blur(image, recipe.final_sinc.weights())
-    if recipe.jpeg_last:
-        image = jpeg(image, second.jpeg_quality)
-
-    # A real low-quality file has 8 bits.
+        image = _end(image, recipe, final)
     return (image * 255.0).round_().clamp_(0.0, 255.0).div_(255.0)
 
 
-def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
+def _end(image: Tensor, recipe: Recipe, final: tuple[int, int]) -> Tensor:
+    """Resize to the final size and add ringing."""
+    image = resize(image, final, recipe.final_mode)
+    return blur(image, recipe.final_sinc.weights()) if recipe.final_sinc else image
+
+
+def final_size(hq: Tensor, scale: int) -> tuple[int, int]:
+    """Return (height, width) of the partner of (..., H, W)."""
+    return hq.shape[-2] // scale, hq.shape[-1] // scale
+
+
+def apply(hq: Tensor, recipe: Recipe, generator: torch.Generator, scale: int = 4) -> Tensor:
+    """Follow `recipe`, with shapes as in `degrade`; `generator` gives the noise of each pixel."""
+    final = final_size(hq, scale)
+    image = jpeg(until_first_jpeg(hq, recipe, generator), recipe.first.jpeg_quality)
+    image = jpeg(until_second_jpeg(image, recipe, final, generator), recipe.second.jpeg_quality)
+    return after_second_jpeg(image, recipe, final)
+
+
+def _scaled(size: Sequence[int], factor: float) -> tuple[int, int]:
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
@@ -272,13 +265,6 @@ def degrade(hq: Tensor, generator: torch.Generator, settings: DegradationSetting
     if hq.ndim != 3 or hq.shape[0] != 3 or min(hq.shape[-2:]) < scale:
         raise ValueError(f"hq is {tuple(hq.shape)}; expected (3, H, W) with H and W at least scale = {scale}")
     return apply(hq, draw(generator, settings), generator, scale)
-
-
-def degrade_batch(
-    hq: Tensor, generator: torch.Generator, settings: DegradationSettings = PAPER, scale: int = 4
-) -> Tensor:
-    """Degrade (B, 3, H, W), every picture by its own recipe, to (B, 3, H // scale, W // scale); see `degrade`."""
-    return torch.stack([degrade(image, generator, settings, scale) for image in hq])
 
 
 def sharpen(image: Tensor, weight: float = 0.5, radius: int = 25, threshold: float = 10.0) -> Tensor:

@@ -1,8 +1,17 @@
-"""From trained modules to the one file that ComfyUI loads (docs/CHECKPOINT.md)."""
+"""From trained modules to the one file that ComfyUI loads (docs/CHECKPOINT.md), with its model card.
+
+    python -m training.export --run=runs/nano --base=runs/nano_base --out=nano.safetensors
+
+exports the newest snapshot of a run as it is, without training further. A finished run has done so by itself.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +19,18 @@ import torch
 from torch import Tensor
 
 from clearsr_core import checkpoint
-from clearsr_core.checkpoint import Checkpoint
+from clearsr_core.checkpoint import Checkpoint, CheckpointError
 from clearsr_core.config import SD21_NETWORKS, BaseConfig, ClearSRConfig
 from clearsr_core.fingerprint import unet_fingerprint
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 
-from . import models
+from . import config as command_line
+from . import model_card, models, snapshot
+from .base_model import BaseModel
 from .clearsr_model import ClearSRModel
+from .clip_vision import ClipImagePrompt
+from .photographs import Photographs
+from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
 
@@ -70,8 +84,10 @@ def export(
     anchor: str,
     training: dict[str, Any],
     preview: tuple[tuple[float, ...], ...] | None = None,
+    hardware: str | None = None,
+    overwrite_card: bool = False,
 ) -> None:
-    """Write the checkpoint and read it back.
+    """Write the checkpoint, read it back, compare every number, and write its model card beside it.
 
     Args:
         model: trained modules; a base other than SD 2.1's size goes into the file with them.
@@ -81,6 +97,11 @@ def export(
         anchor: "lr_encoder" or "plain".
         training: settings, data and figures, for whoever wonders where the file comes from.
         preview: latent -> RGB factors, for a base that hosts do not know.
+        hardware: that the training ran on; None = where the model is now.
+        overwrite_card: replace a model card that was edited by hand, too.
+
+    Raises:
+        CheckpointError: what would be in the file is not sound; a file that was there before is as it was.
     """
     networks = base_config(model)
     contained = networks != SD21_NETWORKS
@@ -117,6 +138,152 @@ def export(
         part: {name: value.detach().to("cpu", dtype) for name, value in table.items()}
         for part, table in tensors.items()
     }
-    checkpoint.write(path, Checkpoint(config, training, plain))
-    checkpoint.read(path)
-    log.info("Wrote %s (%.1f MB). Put it into ComfyUI/models/clearsr.", path, path.stat().st_size / 1e6)
+    made = {"hardware": model_card.hardware(model.null_text.device) if hardware is None else hardware}
+    notes = json.loads(json.dumps({**training, **made, "versions": model_card.versions()}))
+    stored = Checkpoint(config, notes, plain)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unverified = path.with_name(f".{path.name}.{os.getpid()}.unverified")
+    try:
+        checkpoint.write(unverified, stored)
+        verify(unverified, stored, path)
+        os.replace(unverified, path)
+    finally:
+        unverified.unlink(missing_ok=True)
+    card = model_card.write(path, stored, overwrite_card)
+    log.info("Wrote %s (%.1f MB) and %s.", path, path.stat().st_size / 1e6, card.name)
+    log.info("Put the file into ComfyUI/models/clearsr; fill in the licence in the card before you share it.")
+
+
+def verify(path: Path, meant: Checkpoint, target: Path) -> None:
+    """Compare a file with what was to be written: configuration, notes, and every number, bit for bit.
+
+    Raises:
+        CheckpointError: something differs; the message says what.
+    """
+    found = checkpoint.read(path)
+    differing = [name for name in ("config", "training") if getattr(found, name) != getattr(meant, name)]
+    for part in sorted(meant.tensors.keys() | found.tensors.keys()):
+        here, there = meant.tensors.get(part, {}), found.tensors.get(part, {})
+        for name in sorted(here.keys() | there.keys()):
+            same = name in here and name in there and here[name].dtype == there[name].dtype
+            if not same or not torch.equal(here[name], there[name]):
+                differing.append(f"{part}.{name}".rstrip("."))
+    if differing:
+        raise CheckpointError(
+            f"{target} reads back other than it was written ({', '.join(differing[:3])}; {len(differing)} in all) and "
+            "was not put in place. The disk may be damaged: please export to another one."
+        )
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Which run to export, and where to."""
+
+    run: Path  # out folder of a ClearSR run, finished or not
+    out: Path  # the file
+    base: Path  # the base model that the run was trained on
+    snapshot: Path = Path()  # a snapshot of the run; empty = the newest
+    clip_vision: Path = Path()  # as in training; asked for only where the file holds CLIP's projection (patch)
+    data: Path = Path()  # photographs for the colours of live previews of a self-contained file; empty = without
+    overwrite_card: bool = False  # replace a model card that was edited by hand
+
+
+def export_run(settings: ExportSettings) -> None:
+    """Export a snapshot: its averaged weights where it has some.
+
+    Raises:
+        ValueError: the snapshot does not belong to the stage or to the base.
+        SnapshotError: there is none, or it cannot be read.
+        CheckpointError: as `export`.
+    """
+    from .clearsr import ClearSRSettings, control_config  # which imports this module
+
+    if settings.out.suffix != ".safetensors":
+        raise ValueError(f"--out={settings.out}: ComfyUI lists files that end in .safetensors.")
+    path = settings.snapshot if settings.snapshot != Path() else snapshot.latest(settings.run)
+    if path is None:
+        raise snapshot.SnapshotError(f"--run={settings.run} holds no snapshot (state_*.safetensors).")
+    state = snapshot.read(path)
+    if "prompt_mode" not in state.settings:
+        raise ValueError(f"{path} is no snapshot of the ClearSR stage; only those make a file for ComfyUI.")
+    paths = {"base": settings.base, "clip_vision": settings.clip_vision, "out": settings.run}
+    trained = command_line.build(ClearSRSettings, state.settings, paths)
+    kinds = [kind for kind in ("held", "model", "ema") if any(name.startswith(f"{kind}.") for name in state.tensors)]
+    weights = {
+        name.removeprefix(f"{kind}."): value
+        for kind in kinds  # later ones count
+        for name, value in state.tensors.items()
+        if name.startswith(f"{kind}.")
+    }
+
+    base = BaseModel.load(settings.base, trained.base_widths, trained.seed)
+    control = control_config(trained, base)
+    own_encoder = any(name.startswith("image_encoder.") for name in weights)
+    clip = None
+    if trained.prompt_mode == "patch" and not own_encoder:
+        if settings.clip_vision == Path():
+            raise ValueError(f"{path} was trained on patches of CLIP, whose projection goes along: give --clip_vision.")
+        clip = ClipImagePrompt.load(settings.clip_vision, patch=True, context_dim=control.context_dim)
+    mode = trained.prompt_mode if own_encoder or clip is not None else "null"
+    model = ClearSRModel(base, control, trained.rank, mode, trained.seed, clip)
+    with torch.no_grad():
+        for name, parameter in model.trainable().items():
+            value = weights.get(name)
+            if value is None or value.shape != parameter.shape:
+                raise ValueError(f"{path} does not fit --base={settings.base} ({name}); give the base of that run.")
+            parameter.copy_(value)
+
+    notes: dict[str, Any] = {
+        "settings": state.settings,
+        "step": state.step,
+        "metrics": _figures(settings.run, state.step),
+    }
+    notes["weights"] = "averaged" if "ema" in kinds else "of the last step"
+    preview = None
+    if settings.data != Path():
+        photographs = Photographs(settings.data, trained.crop, trained.memory_gb)
+        notes |= {"photographs": len(photographs), "megapixels": round(photographs.megapixels)}
+        crops = photographs.crops(16, trained.crop, generator_for(trained.seed, -1))
+        with torch.no_grad():
+            preview = latent_rgb(models.encode(model.vae, crops), crops)
+    export(
+        model,
+        settings.out,
+        rank=trained.rank,
+        prompt_mode=trained.prompt_mode,
+        anchor=trained.anchor,
+        training=notes,
+        preview=preview,
+        hardware="",
+        overwrite_card=settings.overwrite_card,
+    )
+
+
+def _figures(run: Path, step: int) -> dict[str, Any]:
+    """Return the last validation up to `step` and the mean loss of the hundred steps before it, as far as logged."""
+    stats = run / "stats.jsonl"
+    lines = stats.read_text(encoding="utf-8").splitlines() if stats.is_file() else []
+    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    figures: dict[str, Any] = {}
+    losses = [row["loss"] for row in rows if "loss" in row and row["step"] > step - 100]
+    if losses:
+        figures["mean loss of the last steps"] = sum(losses) / len(losses)
+    validations = [row for row in rows if "validation" in row]
+    if validations:
+        figures |= {"validation": validations[-1]["validation"], "validation at step": validations[-1]["step"]}
+    return figures
+
+
+def main(arguments: list[str]) -> int:
+    """Export from the command line; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        export_run(command_line.build(ExportSettings, command_line.parse_overrides(arguments)))
+    except (snapshot.SnapshotError, CheckpointError, ValueError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,7 @@ NON_FINITE_LIMIT = 5
 FREE = {
     *("steps", "out", "device", "threads", "workers", "data", "memory_gb"),
     *("snapshot_every", "validate_every", "keep", "best", "tensorboard"),
-    *("accumulation", "checkpointing", "compile"),
+    *("accumulation", "checkpointing", "compile", "degrade_on"),
 }
 
 Batch = TypeVar("Batch", bound=tuple)

@@ -61,6 +61,33 @@ class Table:
     column_label: str = ""
 
 
+@dataclass(frozen=True)
+class Dot:
+    """One value with its interval, under a name."""
+
+    name: str
+    value: float
+    half_width: float  # NaN = unknown
+
+
+@dataclass(frozen=True)
+class DotPanel:
+    """One small diagram: values under each other, and lines through all of them."""
+
+    title: str
+    dots: Sequence[Dot]
+    upright: Sequence[tuple[str, float]] = ()  # (name, x); "" leaves it out of the legend
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place of a plane, with half-widths of its intervals along both axes."""
+
+    name: str
+    place: tuple[float, float]
+    half_widths: tuple[float, float] = (math.nan, math.nan)  # NaN = unknown
+
+
 def _sheet(count: int, width: float, height: float, columns: int = MAX_COLUMNS) -> tuple[Figure, list[Axes]]:
     """Return a figure with `count` places, each `width` x `height` inches."""
     across = min(count, columns)
@@ -141,6 +168,72 @@ def write_bars(path: Path, title: str, y_label: str, names: Sequence[str], value
         place.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     else:
         place.set(xlabel="picture")
+    _save(figure, path)
+
+
+@mpl.rc_context(_STYLE)  # type: ignore[arg-type]
+def write_dots(path: Path, panels: Sequence[DotPanel], names: Sequence[str], x_label: str = "") -> None:
+    """Write values with their intervals, one panel beside the other.
+
+    Args:
+        path: of the PNG.
+        panels: at least one.
+        names: of the dots; their order is that of the colours, so that a name has one colour in several files.
+        x_label: under every panel.
+    """
+    rows = [name for name in names if any(dot.name == name for panel in panels for dot in panel.dots)]
+    figure, places = _sheet(len(panels), 3.4, 0.3 * len(rows) + 1.2)
+    for place, panel in zip(places, panels, strict=True):
+        for dot in panel.dots:
+            spread = dot.half_width if math.isfinite(dot.half_width) else 0.0
+            colour = f"C{names.index(dot.name) % 10}"
+            place.errorbar(dot.value, rows.index(dot.name), xerr=spread, fmt="o", color=colour, markersize=4, capsize=3)
+        for index, (name, value) in enumerate(panel.upright):
+            label = name or None
+            place.axvline(value, color="0.35", linestyle=(":", "-.")[index % 2], linewidth=1, label=label)
+        place.set_yticks(range(len(rows)), rows)
+        place.set_ylim(len(rows) - 0.5, -0.5)
+        place.set(title=panel.title, xlabel=x_label)
+        if place.get_legend_handles_labels()[0]:
+            place.legend(fontsize=7)
+    _save(figure, path)
+
+
+@mpl.rc_context(_STYLE)  # type: ignore[arg-type]
+def write_points(
+    path: Path,
+    labels: tuple[str, str],
+    points: Sequence[Point],
+    printed: Sequence[Point] = (),
+    across: tuple[str, float] | None = None,
+) -> None:
+    """Write measured points with both intervals, and numbers for those of others; the vertical axis is upside down.
+
+    Args:
+        path: of the PNG.
+        labels: of the axes.
+        points: measured; named beside the marker.
+        printed: published elsewhere; named in a legend of their own.
+        across: (name, y) of a line.
+    """
+    figure, (place,) = _sheet(1, 6.2 + 1.6 * bool(printed), 4.8)
+    for index, point in enumerate(points):
+        spread = [half if math.isfinite(half) else 0.0 for half in point.half_widths]
+        place.errorbar(
+            *point.place, xerr=spread[0], yerr=spread[1], fmt="o", color=f"C{index % 10}", capsize=2, elinewidth=0.8
+        )
+        place.annotate(point.name, point.place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    handles = [
+        place.plot(*point.place, linestyle="", marker=f"${index}$", color="0.4", markersize=7, label=point.name)[0]
+        for index, point in enumerate(printed, start=1)
+    ]
+    if handles:
+        figure.legend(handles=handles, loc="outside right upper", fontsize=7, title="published,\nnot measured here")
+    if across is not None and math.isfinite(across[1]):
+        line = place.axhline(across[1], color="0.35", linestyle=":", label=across[0])
+        place.legend(handles=[line], fontsize=7)
+    place.set(xlabel=labels[0], ylabel=labels[1])
+    place.invert_yaxis()
     _save(figure, path)
 
 

@@ -98,7 +98,7 @@ class _ClearSR(ClearSRStage):
             clip = ClipImagePrompt(CLIPVisionModelWithProjection(vision), patch=settings.prompt_mode == "patch")
         self.model = ClearSRModel(base, control, settings.rank, settings.prompt_mode, 0, clip)
         checkpoint_blocks(self.model, settings.checkpointing)
-        self.module = ClearSRObjective(self.model)
+        self.module = ClearSRObjective(self.model, settings)
 
     def start(self, rows: range) -> None:
         self.rows = rows
@@ -111,8 +111,9 @@ class _ClearSR(ClearSRStage):
         timesteps = torch.empty(count, dtype=torch.long)
         if settings.freeze_encoders:
             prompts = torch.empty(count, 1, self.model.null_text.shape[-1])
-            return PairBatch(hq, latents, timesteps, None, torch.empty_like(latents), prompts, True, False)
-        return PairBatch(hq, latents, timesteps, images, None, None, True, watch=step % 50 == 0)
+            lr_latents = torch.empty_like(latents)
+            return PairBatch(hq, latents, timesteps, None, None, None, lr_latents, prompts, True, False)
+        return PairBatch(hq, latents, timesteps, images, None, None, None, None, True, watch=step % 50 == 0)
 
 
 class _Base(BaseStage):

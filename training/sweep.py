@@ -26,9 +26,9 @@ from tqdm import tqdm
 from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig, phase_lengths
 
-from . import config, evaluate, loop, plots
+from . import config, evaluate, loop, plots, tables
 from .clearsr_model import ClearSRModel
-from .evaluate import BETTER, DIGITS, REFERENCE, TITLES, EvaluationError, EvaluationSettings, Summary
+from .evaluate import EvaluationSettings
 from .photographs import read_pixels, to_bytes, write_png
 from .pipeline import (
     EncodedLR,
@@ -40,6 +40,7 @@ from .pipeline import (
     to_pixels,
     trajectory,
 )
+from .tables import DIGITS, REFERENCE, TITLES, EvaluationError, Summary, title
 
 log = logging.getLogger("clearsr.training")
 
@@ -162,8 +163,8 @@ def measure_grid(settings: SweepSettings) -> dict[str, dict[str, Summary]]:
     results = evaluate.evaluate(
         EvaluationSettings(settings.hr, settings.lr, settings.out, methods, settings.limit, settings.efflite)
     )
-    evaluate.write_tables(settings.out, loop.plain(settings), results)
-    return evaluate.summaries(results)
+    tables.write_tables(settings.out, loop.plain(settings), results)
+    return tables.summaries(results)
 
 
 def write_sweep(settings: SweepSettings, table: dict[str, dict[str, Summary]]) -> None:
@@ -183,9 +184,6 @@ def write_sweep(settings: SweepSettings, table: dict[str, dict[str, Summary]]) -
         writer.writerows(rows)
     content = {"settings": loop.plain(settings), "grid": rows}
     (settings.out / "sweep.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def title(key: str) -> str:
-        return TITLES[key] + {"higher": " ↑", "lower": " ↓", "": ""}[BETTER.get(key, "")]
 
     # The other strength rests at 0 where the grid has it, as in Fig. 7; otherwise at its smallest.
     alphas, betas = sorted(settings.alphas), sorted(settings.betas)

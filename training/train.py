@@ -17,6 +17,8 @@ from .snapshot import SnapshotError
 
 log = logging.getLogger("clearsr.training")
 
+DRY_RUN = "--dry-run"
+
 
 def stage_of(name: str) -> tuple[type[loop.LoopSettings], Callable[..., loop.Stage]]:
     """Return the settings and the stage that a preset names; a stage's libraries are imported with it."""
@@ -53,8 +55,12 @@ def train(stage_kind: Callable[..., loop.Stage], settings: loop.LoopSettings) ->
 
 
 def main(arguments: list[str]) -> int:
-    """Run one stage; return the exit status."""
+    """Run one stage, or with `--dry-run` say what it would be; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if DRY_RUN in arguments:
+        from . import plan
+
+        return plan.main([argument for argument in arguments if argument != DRY_RUN])
     try:
         overrides = config.parse_overrides(arguments)
         preset = config.read_preset(overrides.pop("preset", ""))

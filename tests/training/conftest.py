@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,3 +29,13 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert train.main(["--preset=nano_base", *shared, cache, "--crops=4", *base]) == 0
     assert train.main(["--preset=nano", *shared, cache, "--crops=4", f"--base={root}/base", f"--out={root}/nano"]) == 0
     return root
+
+
+@pytest.fixture
+def crops() -> Path:
+    """The 100 RealSR crops, in `hr` and `lr`."""
+    data = os.environ.get("CLEARSR_DATA", "")
+    folder = Path(data) / "bench" / "realsr"
+    if not data or not folder.is_dir():
+        pytest.skip("set CLEARSR_DATA to a folder that holds bench/realsr/{hr,lr}")
+    return folder

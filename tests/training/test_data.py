@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from training import contact_sheet, degradation, layouts, prepare, shards
+from training import contact_sheet, layouts, prepare, shards
 from training.batches import Ahead
+from training.pairs import degrade_pairs
 from training.photographs import ChunkedOrder, Photographs, header_size, read_rgb
 from training.randomness import generator_for
 
@@ -370,7 +371,7 @@ def test_workers_change_neither_order_nor_content(folder: Path) -> None:
         makers.add(threading.current_thread().name)
         generator = generator_for(3, step)
         crops = (photographs.crops(2, 32, generator, first=2 * step) + 1.0) / 2.0
-        return degradation.degrade_batch(crops, generator)
+        return degrade_pairs(crops, [2 * step, 2 * step + 1], 3)
 
     threads = torch.get_num_threads()
     alone, helped = (Ahead(make, 9, workers) for workers in (0, 3))
@@ -424,3 +425,16 @@ def test_synthetic_pictures_are_the_same_every_time_and_large_enough() -> None:
 def test_data_that_is_no_folder_is_refused_with_both_ways_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a folder\. Give a folder of photographs, or of shards; or synthetic"):
         Photographs(tmp_path / "nothing", 64)
+
+
+def test_contact_sheet_shows_both_paths_and_their_difference(folder: Path, tmp_path: Path) -> None:
+    command = [f"--data={folder}", "--count=1", "--crop=32"]
+    for way in ("cpu", "device", "both"):
+        assert contact_sheet.main([*command, f"--out={tmp_path}/{way}.png", f"--degrade_on={way}"]) == 0
+    sheets = {way: read_rgb(tmp_path / f"{way}.png") for way in ("cpu", "device", "both")}
+    np.testing.assert_array_equal(sheets["cpu"], sheets["device"])
+    gap = contact_sheet.GAP
+    shown = sheets["both"][gap : gap + 32, gap : gap + 4 * 32]
+    np.testing.assert_array_equal(shown[:, :64], sheets["cpu"][gap : gap + 32, gap : gap + 64])
+    np.testing.assert_array_equal(shown[:, 32:64], shown[:, 64:96])
+    assert set(shown[:, 96:].flatten()) == {128}  # no difference is middle grey

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,16 +18,17 @@ from training.degradation import (
     PRESETS,
     DegradationSettings,
     Recipe,
+    Stage,
     StageSettings,
-    add_gaussian_noise,
-    add_poisson_noise,
+    apply,
     blur,
     degrade,
-    degrade_batch,
     draw,
     jpeg,
+    resize,
     sharpen,
 )
+from training.randomness import generator_for
 
 DRAWS = 5_000
 
@@ -44,15 +45,12 @@ def picture(height: int = 96, width: int = 96) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def recipes() -> list[Recipe]:
-    source = generator(7)
-    return [draw(source, PAPER) for _ in range(DRAWS)]
-
-
-@pytest.fixture(scope="module")
-def light_recipes() -> list[Recipe]:
-    source = generator(8)
-    return [draw(source, LIGHT) for _ in range(DRAWS)]
+def drawn() -> dict[str, list[Recipe]]:
+    """For each preset the recipes of the pairs 0 .. DRAWS-1, each from its own generator as in training."""
+    return {
+        name: [draw(generator_for(7, number), settings) for number in range(DRAWS)]
+        for name, settings in PRESETS.items()
+    }
 
 
 def share(hits: int, total: int) -> float:
@@ -118,14 +116,6 @@ def test_result_has_the_small_size_8_bits_and_leaves_the_target_alone(
     assert torch.equal(hq, before)
 
 
-def test_batch_gives_each_picture_its_own_recipe() -> None:
-    hq = picture().expand(3, -1, -1, -1)
-    batch = degrade_batch(hq, generator())
-    assert batch.shape == (3, 3, 24, 24)
-    assert not torch.equal(batch[0], batch[1])
-    assert torch.equal(batch[0], degrade(hq[0], generator()))
-
-
 def test_wrong_shapes_are_refused_with_the_shape() -> None:
     with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\)"):
         degrade(torch.zeros(1, 3, 8, 8), generator())
@@ -133,126 +123,156 @@ def test_wrong_shapes_are_refused_with_the_shape() -> None:
         degrade(torch.zeros(3, 8, 3), generator())
 
 
-def test_kernel_kinds_and_sizes_follow_the_published_shares(recipes: list[Recipe]) -> None:
-    kernels = [recipe.first.kernel for recipe in recipes]
-    assert all(kernel is not None for kernel in kernels)
-    kinds = Counter(kernel.kind for kernel in kernels if kernel)
-    assert share(kinds["sinc"], DRAWS) == near(0.1, DRAWS)
-    published = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
-    for (kind, _), expected in zip(blur_kernels.SHARES.items(), published, strict=True):
-        assert share(kinds[kind], DRAWS) == near(0.9 * expected, DRAWS)
-    sizes = Counter(kernel.size for kernel in kernels if kernel)
-    assert sorted(sizes) == [7, 9, 11, 13, 15, 17, 19, 21]
-    for count in sizes.values():
-        assert share(count, DRAWS) == near(1 / 8, DRAWS)
+class Published(NamedTuple):
+    """Numbers of one stage, from the options of Real-ESRGAN x4plus; of the milder set, from its description."""
+
+    sigma: tuple[float, float]
+    blurred: float
+    resize_shares: tuple[float, float, float]  # enlarged, shrunk, kept
+    factors: tuple[float, float]
+    gaussian: tuple[float, float]
+    poisson: tuple[float, float]
+    jpeg: tuple[int, int]
 
 
-@pytest.mark.parametrize(("stage", "low", "high"), [("first", 0.2, 3.0), ("second", 0.2, 1.5)])
-def test_gaussian_widths_angles_and_shapes(recipes: list[Recipe], stage: str, low: float, high: float) -> None:
-    drawn = [getattr(recipe, stage).kernel for recipe in recipes]
-    gaussian = [kernel for kernel in drawn if kernel and kernel.kind != "sinc"]
-    covers([kernel.sigma[0] for kernel in gaussian], low, high)
-    for kernel in gaussian:
-        if kernel.kind.endswith("anisotropic"):
-            assert kernel.sigma[0] != kernel.sigma[1]
-        else:
-            assert kernel.sigma[0] == kernel.sigma[1]
-            assert kernel.angle == 0
-    covers([kernel.angle for kernel in gaussian if kernel.kind == "anisotropic"], -math.pi, math.pi)
-    covers([kernel.shape for kernel in gaussian if kernel.kind.startswith("generalised")], 0.5, 4.0)
-    covers([kernel.shape for kernel in gaussian if kernel.kind.startswith("plateau")], 1.0, 2.0)
-    assert {kernel.shape for kernel in gaussian if kernel.kind in ("isotropic", "anisotropic")} == {1.0}
-
-
-def test_sinc_cutoffs_depend_on_the_size_and_the_last_one_does_not(recipes: list[Recipe]) -> None:
-    sinc = [recipe.first.kernel for recipe in recipes if recipe.first.kernel and recipe.first.kernel.kind == "sinc"]
-    covers([kernel.cutoff for kernel in sinc if kernel.size < 13], math.pi / 3, math.pi)
-    covers([kernel.cutoff for kernel in sinc if kernel.size >= 13], math.pi / 5, math.pi)
-    last = [recipe.final_sinc for recipe in recipes if recipe.final_sinc]
-    assert share(len(last), DRAWS) == near(0.8, DRAWS)
-    covers([kernel.cutoff for kernel in last], math.pi / 3, math.pi)
-
-
-@pytest.mark.parametrize(
-    ("stage", "shares", "low", "high"),
-    [("first", (0.2, 0.7, 0.1), 0.15, 1.5), ("second", (0.3, 0.4, 0.3), 0.3, 1.2)],
-)
-def test_resize_directions_ranges_and_modes(
-    recipes: list[Recipe], stage: str, shares: tuple[float, float, float], low: float, high: float
-) -> None:
-    factors = [getattr(recipe, stage).resize_factor for recipe in recipes]
-    counts = (sum(f > 1 for f in factors), sum(f < 1 for f in factors), sum(f == 1 for f in factors))
-    for count, expected in zip(counts, shares, strict=True):
-        assert share(count, DRAWS) == near(expected, DRAWS)
-    covers(factors, low, high)
-    modes = Counter(getattr(recipe, stage).resize_mode for recipe in recipes)
-    assert set(modes) == {"area", "bilinear", "bicubic"}
-    for count in modes.values():
-        assert share(count, DRAWS) == near(1 / 3, DRAWS)
-
-
-@pytest.mark.parametrize(
-    ("stage", "sigma", "scale"), [("first", (1.0, 30.0), (0.05, 3.0)), ("second", (1.0, 25.0), (0.05, 2.5))]
-)
-def test_noise_and_jpeg_ranges(
-    recipes: list[Recipe], stage: str, sigma: tuple[float, float], scale: tuple[float, float]
-) -> None:
-    stages = [getattr(recipe, stage) for recipe in recipes]
-    gaussian = [s.noise_strength for s in stages if s.noise == "gaussian"]
-    assert share(len(gaussian), DRAWS) == near(0.5, DRAWS)
-    covers(gaussian, *sigma)
-    covers([s.noise_strength for s in stages if s.noise == "poisson"], *scale)
-    assert share(sum(s.grey_noise for s in stages), DRAWS) == near(0.4, DRAWS)
-    qualities = Counter(s.jpeg_quality for s in stages)
-    assert sorted(qualities) == list(range(30, 96))
-
-
-def test_second_blur_and_order_of_the_last_steps(recipes: list[Recipe]) -> None:
-    sizes = Counter(recipe.final_sinc.size for recipe in recipes if recipe.final_sinc)
-    assert sorted(sizes) == list(range(7, 22, 2))
-    assert all(share(count, sizes.total()) == near(1 / 8, sizes.total()) for count in sizes.values())
-    modes = Counter(recipe.final_mode for recipe in recipes)
-    assert all(share(modes[mode], DRAWS) == near(1 / 3, DRAWS) for mode in ("area", "bilinear", "bicubic"))
-    assert share(sum(recipe.second.kernel is not None for recipe in recipes), DRAWS) == near(0.8, DRAWS)
-    assert share(sum(recipe.jpeg_last for recipe in recipes), DRAWS) == near(0.5, DRAWS)
-
-
-@pytest.mark.parametrize("stage", ["first", "second"])
-def test_kernels_of_both_stages_have_the_same_shares(recipes: list[Recipe], stage: str) -> None:
-    kernels = [kernel for recipe in recipes if (kernel := getattr(recipe, stage).kernel)]
-    kinds, sizes = Counter(kernel.kind for kernel in kernels), Counter(kernel.size for kernel in kernels)
-    for kind, expected in {"sinc": 0.1, **{kind: 0.9 * part for kind, part in blur_kernels.SHARES.items()}}.items():
-        assert share(kinds[kind], len(kernels)) == near(expected, len(kernels))
-    for size in range(7, 22, 2):
-        assert share(sizes[size], len(kernels)) == near(1 / 8, len(kernels))
-
-
+FIRST_RESIZE, SECOND_RESIZE = (0.2, 0.7, 0.1), (0.3, 0.4, 0.3)
 PUBLISHED = {
-    # preset, stage: sigma of the blur, its probability, resize, Gaussian noise, Poisson noise, JPEG
-    ("paper", "first"): ((0.2, 3.0), 1.0, (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
-    ("paper", "second"): ((0.2, 1.5), 0.8, (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95)),
-    ("light", "first"): ((0.2, 3.0), 1.0, (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
-    ("light", "second"): ((0.2, 1.5), 0.5, (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100)),
+    ("paper", "first"): Published((0.2, 3.0), 1.0, FIRST_RESIZE, (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
+    ("paper", "second"): Published((0.2, 1.5), 0.8, SECOND_RESIZE, (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95)),
+    ("light", "first"): Published((0.2, 3.0), 1.0, FIRST_RESIZE, (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
+    ("light", "second"): Published((0.2, 1.5), 0.5, SECOND_RESIZE, (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100)),
 }
+SIZES = (7, 9, 11, 13, 15, 17, 19, 21)
+KINDS = {
+    "sinc": 0.1,
+    "isotropic": 0.9 * 0.45,
+    "anisotropic": 0.9 * 0.25,
+    "generalised isotropic": 0.9 * 0.12,
+    "generalised anisotropic": 0.9 * 0.03,
+    "plateau isotropic": 0.9 * 0.12,
+    "plateau anisotropic": 0.9 * 0.03,
+}
+MODES = dict.fromkeys(("area", "bilinear", "bicubic"), 1 / 3)
+every_stage = pytest.mark.parametrize(("preset", "stage"), PUBLISHED)
 
 
-@pytest.mark.parametrize(("preset", "stage"), PUBLISHED)
-def test_every_range_is_drawn_evenly(
-    recipes: list[Recipe], light_recipes: list[Recipe], preset: str, stage: str
+def shares_are(counts: Counter, expected: dict) -> None:
+    """Exactly the expected outcomes occur, each as often as expected."""
+    assert set(counts) == set(expected)
+    for outcome, probability in expected.items():
+        assert share(counts[outcome], counts.total()) == near(probability, counts.total()), outcome
+
+
+def stages_of(drawn: dict[str, list[Recipe]], preset: str, stage: str) -> list[Stage]:
+    return [getattr(recipe, stage) for recipe in drawn[preset]]
+
+
+def kernels_of(drawn: dict[str, list[Recipe]], preset: str, stage: str) -> list[BlurKernel]:
+    return [each.kernel for each in stages_of(drawn, preset, stage) if each.kernel]
+
+
+@every_stage
+def test_kernel_kinds_and_sizes_follow_the_published_shares(
+    drawn: dict[str, list[Recipe]], preset: str, stage: str
 ) -> None:
-    sigma, blurred, scales, gaussian, poisson, (lowest, highest) = PUBLISHED[preset, stage]
-    stages = [getattr(recipe, stage) for recipe in (recipes if preset == "paper" else light_recipes)]
-    kernels = [each.kernel for each in stages if each.kernel]
-    assert share(len(kernels), DRAWS) == near(blurred, DRAWS)
-    evenly([kernel.sigma[0] for kernel in kernels if kernel.kind != "sinc"], *sigma)
-    evenly([each.resize_factor for each in stages if each.resize_factor > 1], 1.0, scales[1])
-    evenly([each.resize_factor for each in stages if each.resize_factor < 1], scales[0], 1.0)
-    evenly([each.noise_strength for each in stages if each.noise == "gaussian"], *gaussian)
-    evenly([each.noise_strength for each in stages if each.noise == "poisson"], *poisson)
-    qualities = Counter(each.jpeg_quality for each in stages)
-    assert sorted(qualities) == list(range(lowest, highest + 1))
-    for count in qualities.values():
-        assert share(count, DRAWS) == near(1 / (highest - lowest + 1), DRAWS)
+    kernels = kernels_of(drawn, preset, stage)
+    assert share(len(kernels), DRAWS) == near(PUBLISHED[preset, stage].blurred, DRAWS)
+    shares_are(Counter(kernel.kind for kernel in kernels), KINDS)
+    shares_are(Counter(kernel.size for kernel in kernels), dict.fromkeys(SIZES, 1 / 8))
+    shares_are(Counter(kernel.size for kernel in kernels if kernel.kind == "sinc"), dict.fromkeys(SIZES, 1 / 8))
+
+
+@every_stage
+def test_gaussian_widths_and_angles_are_drawn_evenly(drawn: dict[str, list[Recipe]], preset: str, stage: str) -> None:
+    gaussian = [kernel for kernel in kernels_of(drawn, preset, stage) if kernel.kind != "sinc"]
+    anisotropic = [kernel for kernel in gaussian if kernel.kind.endswith("anisotropic")]
+    evenly([kernel.sigma[0] for kernel in gaussian], *PUBLISHED[preset, stage].sigma)
+    evenly([kernel.sigma[1] for kernel in anisotropic], *PUBLISHED[preset, stage].sigma)
+    evenly([kernel.angle for kernel in anisotropic], -math.pi, math.pi)
+    round_kernels = [kernel for kernel in gaussian if not kernel.kind.endswith("anisotropic")]
+    assert {(kernel.sigma[0] - kernel.sigma[1], kernel.angle) for kernel in round_kernels} == {(0.0, 0.0)}
+
+
+@every_stage
+def test_half_of_the_shapes_lie_below_1_and_each_half_evenly(
+    drawn: dict[str, list[Recipe]], preset: str, stage: str
+) -> None:
+    kernels = kernels_of(drawn, preset, stage)
+    generalised = [kernel.shape for kernel in kernels if kernel.kind.startswith("generalised")]
+    plateau = [kernel.shape for kernel in kernels if kernel.kind.startswith("plateau")]
+    low = [shape for shape in generalised if shape < 1]
+    assert share(len(low), len(generalised)) == near(0.5, len(generalised))
+    evenly(low, 0.5, 1.0)
+    evenly([shape for shape in generalised if shape >= 1], 1.0, 4.0)
+    # The range of the plateau begins at 1, so that its lower half is that value.
+    assert share(sum(shape == 1 for shape in plateau), len(plateau)) == near(0.5, len(plateau))
+    evenly([shape for shape in plateau if shape > 1], 1.0, 2.0)
+    assert {kernel.shape for kernel in kernels if kernel.kind in ("isotropic", "anisotropic", "sinc")} == {1.0}
+
+
+@every_stage
+def test_sinc_cutoffs_depend_on_the_size(drawn: dict[str, list[Recipe]], preset: str, stage: str) -> None:
+    sinc = [kernel for kernel in kernels_of(drawn, preset, stage) if kernel.kind == "sinc"]
+    evenly([kernel.cutoff for kernel in sinc if kernel.size < 13], math.pi / 3, math.pi)
+    evenly([kernel.cutoff for kernel in sinc if kernel.size >= 13], math.pi / 5, math.pi)
+
+
+@every_stage
+def test_resize_noise_and_jpeg_follow_the_published_shares_and_ranges(
+    drawn: dict[str, list[Recipe]], preset: str, stage: str
+) -> None:
+    published, stages = PUBLISHED[preset, stage], stages_of(drawn, preset, stage)
+    factors = [each.resize_factor for each in stages]
+    directions = Counter((factor > 1) - (factor < 1) for factor in factors)
+    shares_are(directions, dict(zip((1, -1, 0), published.resize_shares, strict=True)))
+    evenly([factor for factor in factors if factor > 1], 1.0, published.factors[1])
+    evenly([factor for factor in factors if factor < 1], published.factors[0], 1.0)
+    shares_are(Counter(each.resize_mode for each in stages), MODES)
+
+    shares_are(Counter(each.noise for each in stages), {"gaussian": 0.5, "poisson": 0.5})
+    evenly([each.noise_strength for each in stages if each.noise == "gaussian"], *published.gaussian)
+    evenly([each.noise_strength for each in stages if each.noise == "poisson"], *published.poisson)
+    for noise in ("gaussian", "poisson"):
+        shares_are(Counter(each.grey_noise for each in stages if each.noise == noise), {True: 0.4, False: 0.6})
+
+    lowest, highest = published.jpeg
+    qualities = range(lowest, highest + 1)
+    shares_are(Counter(each.jpeg_quality for each in stages), dict.fromkeys(qualities, 1 / len(qualities)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_last_steps_follow_the_published_shares(drawn: dict[str, list[Recipe]], preset: str) -> None:
+    recipes = drawn[preset]
+    ends = Counter((recipe.final_sinc is not None, recipe.jpeg_last) for recipe in recipes)
+    shares_are(ends, {(True, True): 0.4, (True, False): 0.4, (False, True): 0.1, (False, False): 0.1})
+    shares_are(Counter(recipe.final_mode for recipe in recipes), MODES)
+    last = [recipe.final_sinc for recipe in recipes if recipe.final_sinc]
+    shares_are(Counter(kernel.size for kernel in last), dict.fromkeys(SIZES, 1 / 8))
+    evenly([kernel.cutoff for kernel in last], math.pi / 3, math.pi)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_two_stages_are_drawn_independently(drawn: dict[str, list[Recipe]], preset: str) -> None:
+    noises = Counter((recipe.first.noise, recipe.second.noise) for recipe in drawn[preset])
+    shares_are(noises, dict.fromkeys([(a, b) for a in ("gaussian", "poisson") for b in ("gaussian", "poisson")], 0.25))
+    pairs = [(recipe.first.jpeg_quality, recipe.second.jpeg_quality) for recipe in drawn[preset]]
+    correlation = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1]
+    assert abs(float(correlation)) < 5 / math.sqrt(DRAWS)
+
+
+def test_the_second_jpeg_comes_before_or_after_the_resize_and_ringing() -> None:
+    """With everything else idle the order shows: a file of the final size has blocks of 8, an enlarged one has not."""
+    idle = Stage(None, 1.0, "bicubic", "gaussian", 0.0, False, 100)
+    strong = Stage(None, 0.5, "bicubic", "gaussian", 0.0, False, 5)
+    hq = torch.rand(3, 128, 128, generator=generator())
+    last, first = (
+        apply(hq, Recipe(idle, strong, "bicubic", None, jpeg_last), generator()) for jpeg_last in (True, False)
+    )
+    small = resize(resize(jpeg(hq, 100), (16, 16), "bicubic"), (32, 32), "bicubic")
+    assert torch.equal(last, jpeg(small, 5))
+    assert not torch.equal(first, last)
+    expected = resize(jpeg(resize(jpeg(hq, 100), (16, 16), "bicubic"), 5), (32, 32), "bicubic")
+    assert torch.equal(first, (expected * 255.0).round().clamp(0, 255) / 255.0)
 
 
 def test_light_ranges_lie_inside_the_paper_ranges_and_do_less_damage() -> None:
@@ -312,28 +332,6 @@ def test_blur_by_fft_equals_direct_filtering() -> None:
     padded = torch.nn.functional.pad(image[None], (6, 6, 6, 6), mode="reflect")
     direct = torch.nn.functional.conv2d(padded, weights.expand(3, 1, 13, 13), groups=3)[0]
     assert torch.allclose(blur(image, weights), direct, atol=1e-5)
-
-
-@pytest.mark.parametrize("add", [add_gaussian_noise, add_poisson_noise])
-def test_grey_noise_is_equal_in_all_channels_and_coloured_noise_is_not(
-    add: Callable[[Tensor, float, bool, torch.Generator], Tensor],
-) -> None:
-    flat = torch.full((3, 32, 32), 128 / 255)
-    grey = add(flat, 0.2, True, generator()) - flat
-    coloured = add(flat, 0.2, False, generator()) - flat
-    assert torch.allclose(grey[0], grey[1], atol=1e-6)
-    assert not torch.allclose(coloured[0], coloured[1], atol=1e-4)
-
-
-def test_noise_has_the_strength_that_was_asked_for() -> None:
-    middle = torch.full((3, 128, 128), 0.5)
-    assert float(add_gaussian_noise(middle, 10.0, False, generator()).std()) == pytest.approx(10 / 255, rel=0.03)
-    # Shot noise of a count n has variance n: sqrt(0.5 / photons) here, with 256 distinct levels.
-    ramp = torch.linspace(0.4, 0.6, 128).expand(3, 128, 128)
-    levels = len(torch.unique((ramp * 255).round()))
-    photons = 2 ** math.ceil(math.log2(levels))
-    noise = add_poisson_noise(ramp, 0.5, False, generator()) - ramp
-    assert float(noise.std()) == pytest.approx(0.5 * math.sqrt(0.5 / photons), rel=0.05)
 
 
 def test_jpeg_loses_more_at_lower_quality() -> None:

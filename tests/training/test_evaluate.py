@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from PIL import Image
 
 from training import baselines, evaluate
-from training.evaluate import EvaluationError, EvaluationSettings, find_pairs, picture_name, summarise
+from training.evaluate import EvaluationError, EvaluationSettings, find_pairs, picture_name, read_picture
+from training.tables import REFERENCE, Summary, differences, markdown, summarise, verdict
 
 
 def save(path: Path, size: tuple[int, int], seed: int) -> None:
@@ -174,3 +176,195 @@ def test_summary_leaves_out_what_is_not_finite() -> None:
     assert summarise([1.0, 3.0, math.inf, math.nan]) == summarise([1.0, 3.0])
     assert (summarise([1.0, math.inf]).mean, summarise([1.0, math.inf]).count) == (1.0, 1)
     assert math.isnan(summarise([math.nan]).mean)
+
+
+def results_of(**methods: list[float]) -> dict[str, dict[str, dict[str, float]]]:
+    """PSNR of every method on pictures named 0, 1, ..."""
+    reference = {"niqe": {str(index): 4.0 for index in range(len(next(iter(methods.values()))))}}
+    named = {name: {"psnr": dict(zip(reference["niqe"], values, strict=True))} for name, values in methods.items()}
+    return {REFERENCE: reference, **named}
+
+
+def test_paired_difference_tells_apart_what_two_means_cannot() -> None:
+    """Pictures between 20 and 40 dB, about 0.1 dB gained on each: wide intervals of the means, a narrow one of that."""
+    first = [20.0, 25.0, 30.0, 35.0, 40.0]
+    results = results_of(plain=first, better=[20.1, 25.12, 30.08, 35.11, 40.09])
+    alone, paired = summarise(first), differences(results, "plain")["better"]["psnr"]
+    assert alone.half_width > 5
+    assert paired.mean == pytest.approx(0.1)
+    assert paired.half_width < 0.03
+    assert verdict("psnr", paired) == "better"
+    table = markdown(results, "plain")
+    assert "| Minus plain |" in table
+    assert "+0.10 ± 0.02 ▲" in table
+
+
+@pytest.mark.parametrize(
+    ("key", "difference", "expected"),
+    [
+        ("psnr", Summary(-0.3, 0.1, 9), "worse"),
+        ("niqe", Summary(-0.3, 0.1, 9), "better"),
+        ("niqe", Summary(0.3, 0.3, 9), ""),
+        ("psnr", Summary(0.3, math.nan, 1), ""),
+        ("sharpness", Summary(3.0, 0.1, 9), ""),
+    ],
+)
+def test_verdict_needs_a_direction_and_an_interval_without_zero(key: str, difference: Summary, expected: str) -> None:
+    assert verdict(key, difference) == expected
+
+
+def test_differences_leave_out_pictures_where_one_value_is_not_finite() -> None:
+    results = results_of(plain=[20.0, math.inf, 30.0], other=[21.0, 22.0, math.nan])
+    assert differences(results, "plain")["other"]["psnr"] == summarise([1.0])
+    assert differences(results, "other").keys() == {"plain"}
+
+
+def command(folders: tuple[Path, Path], out: Path, *more: str) -> list[str]:
+    return [f"--hr={folders[0]}", f"--lr={folders[1]}", f"--out={out}", "--efflite=false", *more]
+
+
+def test_several_methods_are_compared_in_tables_and_plots(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        save(tmp_path / "noise" / f"{name}_SR.png", (192, 192), seed + 50)
+    out = tmp_path / "out"
+    methods = f"--methods=bicubic,perfect={folders[0]},noise={tmp_path / 'noise'}"
+    assert evaluate.main(command(folders, out, methods, "--against=perfect")) == 0
+    for name in ("measures", "tradeoff", "differences"):
+        with Image.open(out / f"evaluation_{name}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 5  # something is drawn
+    content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert content["against"] == "perfect"
+    assert content["differences"].keys() == {"bicubic", "noise"}
+    mean = content["methods"]["noise"]["ssim"]["mean"] - content["methods"]["perfect"]["ssim"]["mean"]
+    assert content["differences"]["noise"]["ssim"]["mean"] == pytest.approx(mean)
+
+
+def test_other_evaluation_in_out_is_replaced_only_when_asked(
+    folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate.main(command(folders, out)) == 0
+    assert evaluate.main(command(folders, out, "--threads=1")) == 0  # the same figures
+    first = (out / "evaluation.json").read_bytes()
+    assert evaluate.main(command(folders, out, "--limit=1")) == 1
+    assert "holds the evaluation of another limit, pairs. Give another --out, or --overwrite=true" in caplog.text
+    assert (out / "evaluation.json").read_bytes() == first
+    assert evaluate.main(command(folders, out, "--limit=1", "--overwrite=true")) == 0
+    assert (out / "evaluation.json").read_bytes() != first
+    (out / "evaluation.json").write_text("{", encoding="utf-8")
+    assert evaluate.main(command(folders, out)) == 1
+    assert "evaluation.json that cannot be read" in caplog.text
+
+
+def test_other_pictures_under_the_same_settings_are_another_evaluation(
+    folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert evaluate.main(command(folders, tmp_path / "out")) == 0
+    for folder, size in zip(folders, (384, 96), strict=True):
+        for path in folder.iterdir():
+            save(path, (size, size), 7)
+    assert evaluate.main(command(folders, tmp_path / "out")) == 1
+    assert "of another pairs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: path.write_bytes(b"no picture"), "a_HR.png cannot be read (no picture, or damaged at its start)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20_000]), "a_HR.png cannot be read (cut off)"),
+        (lambda path: save(path, (96, 96), 0), "a_HR.png is 96 x 96 and a_LR4.png 48 x 48; expected 4 to 1"),
+    ],
+)
+def test_bad_pictures_are_named(
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    sentence: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    damage(folders[0] / "a_HR.png")
+    assert evaluate.main(command(folders, tmp_path / "out")) == 1
+    assert sentence in caplog.text
+    assert "\n" not in caplog.messages[-1]
+
+
+def test_pictures_too_small_for_niqe_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "hr" / "a.png", (96, 96), 0)
+    save(tmp_path / "lr" / "a.png", (24, 24), 0)
+    assert evaluate.main(command((tmp_path / "hr", tmp_path / "lr"), tmp_path / "out")) == 1
+    assert "a.png is 96 x 96; NIQE needs 96 x 192" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
+def test_pictures_in_other_modes_are_measured_as_8_bit_rgb(
+    folders: tuple[Path, Path], tmp_path: Path, mode: str
+) -> None:
+    """Grey, opaque alpha, palette and 16 bit: the same pixels give the same figures."""
+    grey = np.random.default_rng(1).integers(0, 256, (192, 192), dtype=np.uint8)
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    for folder in (plain, other):
+        folder.mkdir()
+        for name in ("a", "b"):
+            picture = Image.fromarray(grey)
+            if folder is other:
+                deep = Image.fromarray(grey.astype(np.uint16) * 257)
+                picture = deep if mode == "I;16" else picture.convert(mode)
+            picture.save(folder / f"{name}.png")
+    assert np.array_equal(read_picture(plain / "a.png"), read_picture(other / "a.png"))
+    settings = EvaluationSettings(*folders, tmp_path / "out", (f"plain={plain}", f"other={other}"), efflite=False)
+    results = evaluate.evaluate(settings)
+    assert results["plain"] == results["other"]
+
+
+def test_against_names_a_method(folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert evaluate.main(command(folders, tmp_path / "out", "--against=nano")) == 1
+    assert "--against=nano is none of the methods (bicubic)" in caplog.text
+
+
+# Reference points of the RealSR crops: PSNR, SSIM, NIQE, EffLite of a method, and NIQE of the good pictures.
+REFERENCE_POINTS = {
+    "bicubic": {
+        "all 100": (27.11, 0.7555, 8.99, None, 6.12),
+        "first 20": (26.70, 0.7512, 8.99, 0.663, 6.26),
+        "other 80": (27.22, 0.7566, 8.99, 0.720, 6.08),
+    },
+    "realesrgan": {"first 20": (25.34, 0.7693, 5.05, 0.581, 6.26)},
+}
+
+
+def assert_reference_points(results: dict[str, dict[str, dict[str, float]]], method: str) -> None:
+    """Compare to the digit with what is printed; EffLite and "other 80" have been measured once, by other code."""
+    pictures = list(results[REFERENCE]["niqe"])
+    parts = {"all 100": pictures, "first 20": pictures[:20], "other 80": pictures[20:]}
+    for part, (psnr, ssim, niqe, efflite, niqe_hr) in REFERENCE_POINTS[method].items():
+
+        def mean(of: str, key: str, part: str = part) -> float:
+            return float(np.mean([results[of][key][name] for name in parts[part]]))
+
+        assert round(mean(method, "psnr"), 2) == psnr, part
+        assert round(mean(method, "ssim"), 4) == ssim, part
+        assert round(mean(method, "niqe"), 2) == niqe, part
+        assert round(mean(REFERENCE, "niqe"), 2) == niqe_hr, part
+        if efflite is not None:
+            assert round(mean(method, "efflite"), 3) == efflite, part
+
+
+@pytest.mark.slow
+def test_reference_points_of_bicubic_on_all_crops(crops: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    settings = EvaluationSettings(hr=crops / "hr", lr=crops / "lr", out=tmp_path)
+    results = evaluate.evaluate(settings)
+    assert len(results[REFERENCE]["niqe"]) == 100
+    assert_reference_points(results, "bicubic")
+
+
+@pytest.mark.slow
+def test_reference_points_of_real_esrgan_on_the_first_20_crops(crops: Path, tmp_path: Path) -> None:
+    """Some three minutes on one core."""
+    pytest.importorskip("timm")
+    settings = EvaluationSettings(hr=crops / "hr", lr=crops / "lr", out=tmp_path, methods=("realesrgan",), limit=20)
+    try:
+        results = evaluate.evaluate(settings)
+    except baselines.BaselineMissingError as error:
+        pytest.skip(str(error))
+    assert_reference_points(results, "realesrgan")

@@ -1,23 +1,13 @@
-"""The measures: closed forms, golden numbers on made pictures, and the published numbers on the crops."""
+"""The measures: closed forms, and golden numbers on made pictures; published numbers are in test_evaluate.py."""
 
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from training import metrics
-from training.baselines import bicubic
-from training.photographs import read_rgb
-
-DATA = os.environ.get("CLEARSR_DATA", "")
-CROPS = Path(DATA) / "bench" / "realsr"
-needs_crops = pytest.mark.skipif(
-    not DATA or not CROPS.is_dir(), reason="set CLEARSR_DATA to a folder that holds bench/realsr/{hr,lr}"
-)
 
 
 def texture(height: int = 192, width: int = 192) -> np.ndarray:
@@ -154,43 +144,6 @@ def test_efflite_is_zero_for_equal_pictures_and_grows_with_blur() -> None:
     soft = blurred(image)
     assert metrics.efflite(image, image) == 0
     assert 0 < metrics.efflite(soft, image) < metrics.efflite(blurred(blurred(soft)), image)
-
-
-@needs_crops
-@pytest.mark.slow
-def test_published_numbers_on_the_first_20_crops() -> None:
-    pytest.importorskip("timm")
-    rows = []
-    for path in sorted((CROPS / "hr").glob("*.png"))[:20]:
-        reference = read_rgb(path)
-        image = bicubic(read_rgb(CROPS / "lr" / path.name))
-        rows.append(
-            (
-                metrics.psnr_y(image, reference),
-                metrics.ssim_y(image, reference),
-                metrics.niqe(image),
-                metrics.efflite(image, reference),
-                metrics.niqe(reference),
-            )
-        )
-    psnr, ssim, niqe, efflite, niqe_hr = np.mean(rows, axis=0)
-    assert (round(psnr, 2), round(ssim, 4), round(niqe, 2), round(efflite, 3)) == (26.70, 0.7512, 8.99, 0.663)
-    assert round(niqe_hr, 2) == 6.26
-
-
-@needs_crops
-@pytest.mark.slow
-def test_published_numbers_on_all_100_crops() -> None:
-    rows = []
-    paths = sorted((CROPS / "hr").glob("*.png"))
-    assert len(paths) == 100
-    for path in paths:
-        reference = read_rgb(path)
-        image = bicubic(read_rgb(CROPS / "lr" / path.name))
-        scores = (metrics.psnr_y(image, reference), metrics.ssim_y(image, reference), metrics.niqe(image))
-        rows.append((*scores, metrics.niqe(reference)))
-    psnr, ssim, niqe, niqe_hr = np.mean(rows, axis=0)
-    assert (round(psnr, 2), round(ssim, 4), round(niqe, 2), round(niqe_hr, 2)) == (27.11, 0.7555, 8.99, 6.12)
 
 
 # Computed once by this code, when it reproduced the published numbers below 0.005 on the crops.
