@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
@@ -13,7 +14,7 @@ import time
 
 import pytest
 
-from tools import environment, hosts, server, test
+from tools import demo, environment, hosts, server, test
 from tools.terminal import ToolError
 from tools.websocket import WebSocket
 
@@ -179,3 +180,16 @@ def test_a_taken_port_is_refused_before_comfyui_starts(tmp_path):
 )
 def test_the_closing_line_of_pytest_is_counted(line, counts):
     assert test.count(line) == counts
+
+
+def test_demo_upscales_with_a_file_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEARSR_MODELS", "")
+    prompt = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
+    demo.choose_checkpoint(prompt, tmp_path / "mine.safetensors")
+    assert demo.only_node(prompt, "ClearSRLoader")[1]["checkpoint"] == "mine.safetensors"
+    assert os.environ["CLEARSR_MODELS"] == str(tmp_path.resolve())
+
+
+def test_demo_names_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(ToolError, match="no such file"):
+        demo.main([f"--checkpoint={tmp_path / 'none.safetensors'}"])

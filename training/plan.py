@@ -51,6 +51,10 @@ def describe(settings: DataSettings, processes: int = 1) -> str:
     Raises:
         ValueError: data, base model or settings are such that the run could not begin.
     """
+    for name in ("init", "clip_vision"):
+        source = getattr(settings, name, Path())
+        if source != Path() and not source.exists():
+            raise ValueError(f"--{name}={source} is not there.")
     stage = rehearsal.shapes_of(settings)
     needed = rehearsal.estimate(settings, processes)
     sections = {

@@ -7,8 +7,8 @@ and accumulation are therefore in the estimate because they are in the step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from clearsr_core.config import BaseConfig
@@ -198,13 +197,15 @@ def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
     # Tensors without content take the CPU's way through torch; where a GPU's differs, it is added here.
     here = dataclasses.replace(settings, device="cpu")
     memory = LiveMemory(None if on_gpu else convolution_workspace)
-    casts = _GpuCasts() if on_gpu and settings.precision == "bfloat16" else nullcontext()
-    with FakeTensorMode(), Answers(), memory, casts:
+    if on_gpu and settings.precision == "bfloat16":
+        _norms_in_float32(stage.module)
+    with FakeTensorMode(), Answers(), memory:
         _give_shapes(stage.module)
         parameters = stage.trainable()
         for name, parameter in stage.weights().items():
             parameter.requires_grad_(name in parameters)
-        weights = memory.live
+        weights = sum(value.nbytes for value in (*stage.module.parameters(), *stage.module.buffers()))
+        built = memory.live
         memory.parameters = list(parameters.values())
         averaged = [value.detach().clone() for value in parameters.values()] if settings.ema else []
         with_average = memory.live
@@ -212,21 +213,23 @@ def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
         batch = stage.batch(1)
         with_batch = memory.live
         moments = _optimizer(settings, parameters.values())
-        step(stage.module, batch, moments, parameters, here)  # the moments come into being
+        for parameter in memory.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        moments.step()  # as after a first step, the moments are there
         moments.zero_grad(set_to_none=True)
         memory.forget_peak()
         memory.operations = 0
         step(stage.module, batch, moments, parameters, here)
         state = memory.live - with_batch - memory.gradients()
         del averaged
-    rest = memory.peak - with_batch - state - memory.gradients_at_peak
+    named = weights + (with_batch - built) + state + memory.gradients_at_peak
     return MemoryEstimate(
         weights=weights,
         gradients=memory.gradients_at_peak,
         optimizer=state,
-        averaged=with_average - weights,
+        averaged=with_average - built,
         batch=with_batch - with_average,
-        activations=rest,
+        activations=memory.peak - named,
         operations=memory.operations,
     )
 
@@ -281,18 +284,16 @@ class _EightBitMoments(torch.optim.Optimizer):
                     state[f"{moment}_scales"] = torch.empty(-(-values // _BLOCK))
 
 
-class _GpuCasts(TorchFunctionMode):
-    """Autocast on a GPU computes norms in float32, that of the CPU in bfloat16."""
+def _norms_in_float32(module: nn.Module) -> None:
+    """Let norms compute as autocast on a GPU has them: in float32. On the CPU they compute in bfloat16."""
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm | nn.LayerNorm):
+            part.forward = functools.partial(_in_float32, part.forward)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Call a function, norms with float32 inputs."""
-        if func is Tensor.backward:
-            with self:  # what is computed again on the way back is computed in the same way
-                return torch.autograd.backward(args[0])
-        if func in (nn.functional.group_norm, nn.functional.layer_norm):
-            with torch.autocast("cpu", enabled=False):
-                return func(args[0].float(), *args[1:], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+
+def _in_float32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return forward(x.float())
 
 
 def convolution_workspace(func: Any, args: tuple[Any, ...], result: Any) -> int:  # noqa: ANN401 - torch's operators have no type

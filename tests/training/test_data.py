@@ -413,6 +413,20 @@ def test_contact_sheet_shows_pairs_from_folder_and_shards_alike(folder: Path, tm
     assert contact_sheet.main([f"--data={folder}", f"--out={tmp_path}/a.png", "--crop=30"]) == 1
 
 
+def test_synthetic_pictures_are_the_same_every_time_and_large_enough() -> None:
+    first, second = (Photographs(Path("synthetic"), 800) for _ in range(2))
+    assert len(first) == 16
+    assert {min(size) for size in first.sizes} == {800}
+    crops = [source.crops(2, 64, generator_for(0, 1)) for source in (first, second)]
+    assert torch.equal(*crops)
+    assert float(crops[0].std()) > 0.1
+
+
+def test_data_that_is_no_folder_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a folder\. Give a folder of photographs, or of shards; or synthetic"):
+        Photographs(tmp_path / "nothing", 64)
+
+
 def test_contact_sheet_shows_both_paths_and_their_difference(folder: Path, tmp_path: Path) -> None:
     command = [f"--data={folder}", "--count=1", "--crop=32"]
     for way in ("cpu", "device", "both"):

@@ -31,6 +31,11 @@ def settings(**changes: object) -> ClearSRSettings:
     return config.build(ClearSRSettings, {**TINY, **changes})
 
 
+def small(**changes: object) -> AutoencoderSettings:
+    values = {name: TINY[name] for name in ("steps", "learning_rate", "out", "data", "crop", "batch")}
+    return config.build(AutoencoderSettings, {**values, **changes})
+
+
 def measured(chosen: ClearSRSettings) -> tuple[int, int]:
     """Return the bytes of weights, and the most that is alive in the second of two real steps."""
     stage = ClearSRStage(chosen)
@@ -52,41 +57,35 @@ def measured(chosen: ClearSRSettings) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"precision": "bfloat16", "checkpointing": "all", "accumulation": 2},
-        {"checkpointing": "encoder", "crops": 4, "unet_lora": False},
-    ],
-    ids=["plain", "bfloat16, all checkpointed, accumulated", "encoder checkpointed, fixed crops, one LoRA"],
+    [{}, {"precision": "bfloat16", "checkpointing": "all", "accumulation": 2, "crops": 4, "unet_lora": False}],
+    ids=["plain", "bfloat16, checkpointed, accumulated, fixed crops"],
 )
 def test_estimate_is_what_a_real_step_holds(changes: dict[str, object], tmp_path: Path) -> None:
     chosen = settings(**changes, cache=tmp_path / "latents.safetensors")
     weights, peak = measured(chosen)
     expected = rehearsal.estimate(chosen)
-    assert expected.weights == pytest.approx(weights, rel=1e-4)
-    # A few numbers are made in the loop and not on its way into the step.
+    assert expected.weights == weights
+    # The tables of the noise schedule and the loop's own numbers: kilobytes.
     assert expected.total == pytest.approx(peak, rel=1e-3)
 
 
 def test_memory_follows_the_settings() -> None:
-    plain = rehearsal.estimate(settings())
-    wider = rehearsal.estimate(settings(batch=4))
+    """With the smallest stage: what an estimate costs is the number of operations, whatever their size."""
+    plain = rehearsal.estimate(small())
+    wider = rehearsal.estimate(small(batch=4))
     assert wider.batch == 2 * plain.batch
     assert wider.activations > 1.7 * plain.activations
     assert wider.operations == pytest.approx(2 * plain.operations, rel=0.05)
-    apart = rehearsal.estimate(settings(batch=4, accumulation=2))
-    assert apart.activations < 1.1 * plain.activations
-    assert rehearsal.estimate(settings(batch=4), processes=2) == plain
-    assert rehearsal.estimate(settings(checkpointing="all")).activations < 0.7 * plain.activations
-    assert rehearsal.estimate(settings(ema=0.9)).averaged == pytest.approx(plain.optimizer / 2, rel=0.01)
-    assert rehearsal.estimate(settings(optimizer="adamw8bit")).optimizer < 0.5 * plain.optimizer
+    assert rehearsal.estimate(small(batch=4, accumulation=2)).activations < 1.2 * plain.activations
+    assert rehearsal.estimate(small(batch=4), processes=2) == plain
+    assert rehearsal.estimate(small(ema=0.9)).averaged == pytest.approx(plain.optimizer / 2, rel=0.01)
+    assert rehearsal.estimate(small(optimizer="adamw8bit")).optimizer < 0.5 * plain.optimizer
 
 
-def test_a_gpu_keeps_norms_in_float32() -> None:
+def test_a_gpu_computes_norms_in_float32_also_where_they_are_computed_again() -> None:
     half = settings(precision="bfloat16", checkpointing="encoder")
     on_gpu = rehearsal.estimate(dataclasses.replace(half, device="cuda"))
-    assert on_gpu.weights == rehearsal.estimate(half).weights
-    assert on_gpu.activations > rehearsal.estimate(dataclasses.replace(half, batch=1)).activations
+    assert on_gpu.activations > 1.1 * rehearsal.estimate(half).activations
 
 
 def test_batch_that_cannot_be_shared_is_refused() -> None:
@@ -110,13 +109,10 @@ def test_plan_says_what_the_run_will_be(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-def test_every_stage_has_a_plan(tmp_path: Path) -> None:
-    values = {**config.read_preset("nano_autoencoder"), "out": tmp_path, "data": "synthetic", "crop": 64}
-    values.pop("stage")
-    text = plan.describe(config.build(AutoencoderSettings, values))
-    assert "autoencoder" in text
+def test_other_stages_have_a_plan_too(tmp_path: Path) -> None:
+    assert "autoencoder" in plan.describe(small())
+    base = {"steps": 1, "learning_rate": 1e-4, "out": tmp_path, "vae": tmp_path, "data": "synthetic"}
     with pytest.raises(ValueError, match="holds no autoencoder"):
-        base = {"steps": 1, "learning_rate": 1e-4, "out": tmp_path, "vae": tmp_path, "data": "synthetic"}
         plan.describe(config.build(BaseSettings, base))
 
 
