@@ -57,7 +57,17 @@ def measured(chosen: ClearSRSettings) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"precision": "bfloat16", "checkpointing": "all", "accumulation": 2, "crops": 4, "unet_lora": False}],
+    [
+        {},
+        {
+            "precision": "bfloat16",
+            "checkpointing": "all",
+            "accumulation": 2,
+            "batch": 4,
+            "crops": 4,
+            "unet_lora": False,
+        },
+    ],
     ids=["plain", "bfloat16, checkpointed, accumulated, fixed crops"],
 )
 def test_estimate_is_what_a_real_step_holds(changes: dict[str, object], tmp_path: Path) -> None:
