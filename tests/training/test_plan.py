@@ -43,10 +43,11 @@ def measured(chosen: ClearSRSettings) -> tuple[int, int]:
     parameters = stage.trainable()
     for name, parameter in stage.weights().items():
         parameter.requires_grad_(name in parameters)
+    batch = stage.batch(1)  # before anything is counted: making it touches decoded pictures
     with LiveMemory(rehearsal.convolution_workspace) as memory:
         memory.count([*stage.module.parameters(), *stage.module.buffers()])
         weights = memory.live
-        batch = type(stage.batch(1))(*(v.clone() if isinstance(v, torch.Tensor) else v for v in stage.batch(1)))
+        memory.count(value for value in batch if isinstance(value, torch.Tensor))
         moments = optimizer.build(chosen.optimizer, parameters.values(), chosen.learning_rate)
         rehearsal.step(stage.module, batch, moments, parameters, chosen)
         moments.zero_grad(set_to_none=True)
