@@ -213,9 +213,7 @@ def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
         batch = stage.batch(1)
         with_batch = memory.live
         moments = _optimizer(settings, parameters.values())
-        for parameter in memory.parameters:
-            parameter.grad = torch.empty_like(parameter)
-        moments.step()  # as after a first step, the moments are there
+        step(stage.module, batch, moments, parameters, here)  # the moments come into being
         moments.zero_grad(set_to_none=True)
         memory.forget_peak()
         memory.operations = 0
