@@ -146,7 +146,8 @@ def start_tiling(
             )
         settings.say(f"{NODE}: sampled in one piece, because there is {hindrance}.", logging.WARNING)
         side = 0
-    plan = TilePlan(settings, side, settings.batch, forget, hindrance)
+    at_once = settings.call_shape(shape)[0] // shape[0] if side else 1
+    plan = TilePlan(settings, side, at_once, forget, hindrance)
     model_options[HANDLER] = TileHandler()
     model_options["transformer_options"][PLAN] = plan
     if side:
@@ -158,13 +159,12 @@ def _announce(plan: TilePlan, guider: HostObject, shape: Sequence[int], steps: i
     height, width = shape[-2], shape[-1]
     cut = tiles.layout(height, width, plan.side, plan.overlap)
     rows, *sides = plan.settings.call_shape(shape)
-    at_once = rows // shape[0]
     halves = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
     needed = guider.inner_model.memory_required([rows * halves, *sides]) * CONTROL_SHARE
-    calls = -(-len(cut.tiles) // at_once)
+    calls = -(-len(cut.tiles) // plan.batch)
     plan.settings.say(
         f"{NODE}: {width * PIXELS} x {height * PIXELS} pixels in {cut.columns} x {cut.rows} tiles of "
-        f"{sides[-1] * PIXELS} x {sides[-2] * PIXELS}, {at_once} at a time: {calls} model calls in each of {steps} "
+        f"{sides[-1] * PIXELS} x {sides[-2] * PIXELS}, {plan.batch} at a time: {calls} model calls in each of {steps} "
         f"steps. Memory beside the models, as ComfyUI estimates it: {needed / 2**30:.1f} GiB.",
         logging.INFO,
     )
