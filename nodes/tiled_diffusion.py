@@ -29,7 +29,7 @@ PIXELS = 8  # per latent pixel
 CONTROL_SHARE = 1.5  # memory of a model call with DPM and SPM over one without
 
 AUTOMATIC_SIDE = 96  # latent pixels
-AUTOMATIC_AREA = 128 * 128  # up to here one piece takes no longer than tiles, and the result has no tiles to be seen
+AUTOMATIC_AREA = 128 * 128  # up to here one piece costs less than tiles do (decision 0020)
 _SMALLER_SIDES = (96, 64, 48, 32)  # tried in this order when memory runs out
 
 
@@ -63,17 +63,12 @@ class TilePlan:
 
     settings: TilingSettings
     side: int  # 0 = one piece
+    overlap: int
     batch: int
     forget: Callable[[], None]  # what is remembered of the tiles before
     obstacle: str | None = None  # what forbids tiles
     controls: ControlCuts = field(default_factory=ControlCuts)
     cuts: dict[tuple, Layout] = field(default_factory=dict)
-
-    @property
-    def overlap(self) -> int:
-        if self.side == self.settings.side:
-            return self.settings.overlap
-        return min(self.settings.overlap, self.side // 2 // GRID * GRID)
 
     def layout(self, size: Size, device: torch.device) -> Layout | None:
         """Return the cut of a latent of `size` with its shares on `device`, or None where it is one piece."""
@@ -91,18 +86,18 @@ class TilePlan:
         self.controls, self.cuts = ControlCuts(), {}
         if self.side and self.batch > 1:
             self.batch //= 2
-            self._say(f"{self.batch} at a time")
+            self._say(f"fewer tiles at a time ({self.batch})")
             return True
         current = self.side or max(size)
         smaller = next((side for side in _SMALLER_SIDES if side < current), None)
         if smaller is None or self.obstacle is not None:
             return False
-        self.side, self.batch = smaller, 1
-        self._say(f"of {smaller * PIXELS} x {smaller * PIXELS} pixels, one at a time")
+        self.side, self.overlap, self.batch = smaller, min(self.overlap, smaller // 2 // GRID * GRID), 1
+        self._say(f"tiles of {smaller * PIXELS} x {smaller * PIXELS} pixels, one at a time")
         return True
 
-    def _say(self, tiles_now: str) -> None:
-        self.settings.say(f"{NODE}: out of memory; this run goes on with tiles {tiles_now}.", logging.WARNING)
+    def _say(self, change: str) -> None:
+        self.settings.say(f"{NODE}: out of memory; this run goes on with {change}.", logging.WARNING)
 
 
 def start_tiling(
@@ -147,7 +142,7 @@ def start_tiling(
         settings.say(f"{NODE}: sampled in one piece, because there is {hindrance}.", logging.WARNING)
         side = 0
     at_once = settings.call_shape(shape)[0] // shape[0] if side else 1
-    plan = TilePlan(settings, side, at_once, forget, hindrance)
+    plan = TilePlan(settings, side, settings.overlap, at_once, forget, hindrance)
     model_options[HANDLER] = TileHandler()
     model_options["transformer_options"][PLAN] = plan
     if side:

@@ -322,7 +322,7 @@ def test_out_of_memory_goes_on_with_less(tiny, wide, caplog, monkeypatch) -> Non
         monkeypatch.setattr(network, "forward", inner)
         assert [shape for shape in shapes if shape[-1] > SIDE] == [(4, 4, 24, 24), (2, 4, 24, 24)]
         said = [record.message for record in caplog.records if "out of memory" in record.message]
-        assert len(said) == 2 and "1 at a time" in said[0] and "128 x 128 pixels" in said[1]
+        assert len(said) == 2 and "tiles at a time (1)" in said[0] and "128 x 128 pixels" in said[1]
 
 
 def test_out_of_memory_in_one_piece_goes_on_in_tiles(tiny, wide, monkeypatch) -> None:
