@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import clearsr_rig as rig
@@ -201,7 +202,7 @@ def stock_controlnet(tiny):
 
 def with_controls(*controls):
     """POSITIVE with a chain of ControlNets."""
-    for one, before in zip(controls[1:], controls, strict=False):
+    for before, one in itertools.pairwise(controls):
         one.set_previous_controlnet(before)
     return [[POSITIVE[0][0], {"control": controls[-1], "control_apply_to_uncond": True}]]
 
@@ -442,6 +443,61 @@ def test_memory_is_asked_for_one_batch_of_tiles(tiny, wide) -> None:
         with rig.count_calls(model.model, "memory_required") as calls:
             sample(model, wide, steps=1)
         assert list(calls[0][0][0]) == [2 * rows, 4, *sides]
+
+
+# ---- what is seen ---------------------------------------------------------------------------------------------------
+
+
+def textured(count, height, width):
+    """Pictures with the 1/f spectrum of photographs: random grids of every size, coarse ones strongest."""
+    generator = torch.Generator().manual_seed(8)
+    picture = torch.full((count, 3, height, width), 0.5)
+    for octave in range(1, 7):
+        grid = torch.rand(count, 3, 2**octave, 2**octave, generator=generator) - 0.5
+        picture += torch.nn.functional.interpolate(grid, (height, width), mode="bicubic") * 0.5**octave * 1.5
+    return picture.clamp(0, 1).movedim(1, -1)
+
+
+def seam_score(picture, cut):
+    """Mean gradient across the borders of tiles and the middles of their overlaps, over the mean gradient elsewhere."""
+    luma, at_borders, elsewhere = picture.mean(dim=-1), [], []
+    for dim, pieces in (
+        (1, sorted({(tile.top, tile.height) for tile in cut.tiles})),
+        (2, sorted({(tile.left, tile.width) for tile in cut.tiles})),
+    ):
+        borders = set()
+        for (start, size), (following, _) in itertools.pairwise(pieces):
+            borders |= {8 * following, 4 * (start + size + following), 8 * (start + size)}
+        lines = luma.diff(dim=dim).abs().movedim(dim, 0).flatten(1).mean(dim=1)  # of line i: between i and i + 1
+        crossing = torch.tensor([line + 1 in borders for line in range(len(lines))])
+        at_borders.append(lines[crossing])
+        elsewhere.append(lines[~crossing])
+    return float(torch.cat(at_borders).mean() / torch.cat(elsewhere).mean())
+
+
+def test_seams_cannot_be_seen() -> None:
+    """Nano, many tiles: no more gradient across borders than at the same places of the picture in one piece."""
+    model, vae, clearsr = rig.run("ClearSRLoader", checkpoint="clearsr-nano-v0.safetensors")
+    latent, _ = rig.run("ClearSRLREncode", clearsr=clearsr, image=textured(2, 64, 48), scale=4.0)
+    cut = tiles.layout(32, 24, SIDE, OVERLAP)
+    scores = []
+    for settings in ({}, SMALL):
+        controlled = apply({"model": model, "clearsr": clearsr}, latent, **settings)
+        result = rig.run("ClearSRLSAKSampler", model=controlled, lr_latent=latent, seed=3, steps=5, denoise=0.5)
+        picture = rig.run("VAEDecode", samples=result, vae=vae)
+        assert picture.isfinite().all() and float(picture.std()) > 0.05
+        scores.append(seam_score(picture, cut))
+    assert scores[1] / scores[0] < 1.05, scores
+
+
+def test_a_seam_is_found() -> None:
+    """The measure itself: a step of one percent between tiles is far above the limit."""
+    cut = tiles.layout(32, 24, SIDE, OVERLAP)
+    picture = textured(2, 256, 192)
+    stepped = picture.clone()
+    for start, _ in sorted({(tile.left, tile.width) for tile in cut.tiles})[1:]:
+        stepped[:, :, 8 * start :] += 0.01
+    assert seam_score(stepped, cut) / seam_score(picture, cut) > 1.05
 
 
 def test_automatic_tiles_are_for_large_pictures() -> None:
