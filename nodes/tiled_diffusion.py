@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import comfy.context_windows
 import comfy.model_management
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -69,6 +70,8 @@ class TilePlan:
     obstacle: str | None = None  # what forbids tiles
     controls: ControlCuts = field(default_factory=ControlCuts)
     cuts: dict[tuple, Layout] = field(default_factory=dict)
+    bar: comfy.utils.ProgressBar = field(default_factory=lambda: comfy.utils.ProgressBar(1))
+    shown: float = 0.0  # share of the run that the bar has reached
 
     def layout(self, size: Size, device: torch.device) -> Layout | None:
         """Return the cut of a latent of `size` with its shares on `device`, or None where it is one piece."""
@@ -95,6 +98,16 @@ class TilePlan:
         self.side, self.overlap, self.batch = smaller, min(self.overlap, smaller // 2 // GRID * GRID), 1
         self._say(f"tiles of {smaller * PIXELS} x {smaller * PIXELS} pixels, one at a time")
         return True
+
+    def report(self, step: int, steps: int, done: int, calls: int) -> None:
+        """Move the bar of the running node within a step; whole steps are the sampler's own to report.
+
+        Both tell a share of the run. Samplers that call the model more than once in a step do not move it back.
+        """
+        value, total = step * calls + done, steps * calls
+        if done < calls and value / total > self.shown:
+            self.shown = value / total
+            self.bar.update_absolute(value, total)
 
     def _say(self, change: str) -> None:
         self.settings.say(f"{NODE}: out of memory; this run goes on with {change}.", logging.WARNING)
@@ -160,7 +173,7 @@ def _announce(plan: TilePlan, guider: HostObject, shape: Sequence[int], steps: i
     plan.settings.say(
         f"{NODE}: {width * PIXELS} x {height * PIXELS} pixels in {cut.columns} x {cut.rows} tiles of "
         f"{sides[-1] * PIXELS} x {sides[-2] * PIXELS}, {plan.batch} at a time: {calls} model calls in each of {steps} "
-        f"steps. Memory beside the models, as ComfyUI estimates it: {needed / 2**30:.1f} GiB.",
+        f"steps. Memory beside the models, as ComfyUI estimates it: {needed / 2**20:.0f} MiB.",
         logging.INFO,
     )
 
@@ -225,7 +238,9 @@ def _blended(
 ) -> list[Tensor]:
     size, batch = (x_in.shape[-2], x_in.shape[-1]), x_in.shape[0]
     canvases = [torch.zeros_like(x_in, dtype=torch.float32) for _ in conds]
-    for indices in _batches(cut.tiles, 1 if has_areas(conds) else plan.batch):
+    batches = _batches(cut.tiles, 1 if has_areas(conds) else plan.batch)
+    step, steps = _position(timestep, model_options)
+    for number, indices in enumerate(batches, start=1):
         comfy.model_management.throw_exception_if_processing_interrupted()
         now = [cut.tiles[index] for index in indices]
         outputs = calc_cond_batch(
@@ -238,7 +253,16 @@ def _blended(
         for canvas, output in zip(canvases, outputs, strict=True):
             for index, values in zip(indices, output.split(batch), strict=True):
                 tiles.add(canvas, cut.tiles[index], cut.shares[index], values)
+        plan.report(step, steps, number, len(batches))
     return [canvas.to(x_in.dtype) for canvas in canvases]
+
+
+def _position(timestep: Tensor, model_options: dict) -> tuple[int, int]:
+    """Return the step of the schedule that a model call belongs to, and how many there are."""
+    schedule = model_options["transformer_options"]["sample_sigmas"]
+    steps = max(1, len(schedule) - 1)
+    step = int((schedule >= float(timestep[0]) * (1.0 - 1e-5)).sum()) - 1
+    return min(max(step, 0), steps - 1), steps
 
 
 def _batches(all_tiles: Sequence[Tile], most: int) -> list[list[int]]:

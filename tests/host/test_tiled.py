@@ -432,6 +432,18 @@ def test_the_run_is_announced(tiny, wide, caplog) -> None:
     assert "tiles" not in caplog.text
 
 
+def test_progress_moves_with_the_tiles(tiny, wide, monkeypatch) -> None:
+    """One bar for the run, in sixths of a step; it never moves back, and only the sampler's own steps fill it."""
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_PERCENT", 0.0, raising=False)
+    rig.progress.clear()
+    sample(apply(tiny, wide, **SMALL), wide, steps=2)
+    shares = [value / total for value, total, _ in rig.progress]
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert set(range(1, 13)) <= {round(share * 12) for share in shares}
+    assert {(1, 2), (2, 2)} <= {(value, total) for value, total, _ in rig.progress}
+
+
 def test_memory_is_asked_for_one_batch_of_tiles(tiny, wide) -> None:
     for settings, rows, sides in (
         ({}, 3, (32, 24)),
