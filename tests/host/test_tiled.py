@@ -302,6 +302,15 @@ def test_areas_in_a_run(tiny, wide) -> None:
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
 
 
+def test_out_of_memory_is_told_from_other_errors() -> None:
+    known = rig.module("nodes.compat").out_of_memory
+    assert known(comfy.model_management.OOM_EXCEPTION("CUDA out of memory")) and known(MemoryError())
+    for text in ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory: you tried to"):
+        assert known(RuntimeError(text))
+    interrupted = comfy.model_management.InterruptProcessingException()
+    assert not any(map(known, (RuntimeError("sizes differ"), ValueError("out of memory"), interrupted)))
+
+
 def test_out_of_memory_goes_on_with_less(tiny, wide, caplog, monkeypatch) -> None:
     """Fewer tiles at a time, then smaller tiles; the result is what those settings give, and the next run is new."""
     model = apply(tiny, wide, tile_size=192, tile_overlap=64, tiles_per_batch=4)
