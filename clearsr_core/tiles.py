@@ -1,4 +1,4 @@
-"""Cutting a latent into overlapping tiles on the window grid, and blending what was computed on each (decision 0020).
+"""Cutting a latent into overlapping tiles on the window grid, and blending what was computed on each (decision 0021).
 
 Offsets are multiples of the key window, so a tile sees the windows of the whole picture. Each tile counts by a Gaussian
 around its middle, and the weights of all tiles at one place sum to 1: blending is a sum of predictions times shares.

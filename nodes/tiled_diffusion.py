@@ -1,4 +1,4 @@
-"""Sampling a picture in overlapping tiles (decision 0020): the host's context handler, and what a run knows about it.
+"""Sampling a picture in overlapping tiles (decision 0021): the host's context handler, and what a run knows about it.
 
 At every model call the latent is cut, the host computes the predictions of each tile, and their blend goes back to the
 host, which applies guidance to it. So the sampler, LSA, masks, previews and post-CFG patches see the whole picture.
@@ -30,7 +30,7 @@ PIXELS = 8  # per latent pixel
 CONTROL_SHARE = 1.5  # memory of a model call with DPM and SPM over one without
 
 AUTOMATIC_SIDE = 96  # latent pixels
-AUTOMATIC_AREA = 128 * 128  # up to here one piece costs less than tiles do (decision 0020)
+AUTOMATIC_AREA = 128 * 128  # up to here one piece costs less than tiles do (decision 0021)
 _SMALLER_SIDES = (96, 64, 48, 32)  # tried in this order when memory runs out
 
 
