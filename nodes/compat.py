@@ -8,6 +8,7 @@ import inspect
 import logging
 from typing import Any, TypeAlias
 
+import comfy.model_management
 from comfy_api.latest import io
 
 log = logging.getLogger("clearsr")
@@ -35,9 +36,23 @@ def _parameters(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.__init__).parameters)
 
 
-def notice(node: type[io.ComfyNode], text: str) -> None:
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether `error` says that memory ran out, on any device; the host's own test where it has one (0.4)."""
+    management = comfy.model_management
+    known = getattr(management, "is_oom", None)
+    if known is not None and known(error):
+        return True
+    kind = management.OOM_EXCEPTION
+    if isinstance(error, MemoryError) or (kind is not Exception and isinstance(error, kind)):
+        return True
+    # Processors and Apple's devices raise a RuntimeError that only its text tells apart.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def notice(node: type[io.ComfyNode], text: str, level: int = logging.WARNING) -> None:
     """Tell the user something that is not an error: in the log, and as text on the node where the host can."""
-    log.warning("%s", text)
+    log.log(level, "%s", text)
     hidden = getattr(node, "hidden", None)
     unique_id = getattr(hidden, "unique_id", None)
     if unique_id is None:

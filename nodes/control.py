@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..clearsr_core import tiles
 from ..clearsr_core.clip_features import projected_tokens
 from .compat import HostObject, notice, schema, widget
-from .control_hooks import NODE, ControlSettings, attach_control
+from .control_hooks import ControlSettings, attach_control
 from .model_checks import check_model, other_base
 from .sockets import KEY, ClearSRSocket
+from .tiled_diffusion import AUTOMATIC_SIDE, NODE, PIXELS, TilingSettings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -80,6 +85,26 @@ def decoder_prompt(
     if projection is not None:
         tokens = projected_tokens(tokens, projection)  # (B, n, width)
     return tokens, None
+
+
+def tiling_settings(
+    tile_size: int, tile_overlap: int, tiles_per_batch: int, say: Callable[[str, int], None]
+) -> TilingSettings:
+    """Bring the widgets, in pixels, to the grid of windows; what had to be rounded is told through `say`."""
+    unit, smallest = tiles.GRID * PIXELS, tiles.MIN_SIDE * PIXELS
+    size = tile_size and max(smallest, round(tile_size / unit) * unit)
+    overlap = max(unit, -(-tile_overlap // unit) * unit)
+    for name, given, used in (("tile_size", tile_size, size), ("tile_overlap", tile_overlap, overlap)):
+        if given != used:
+            text = f"{NODE}: {name} is {given}, but tiles lie on a grid of {unit} pixels, so {used} is used."
+            say(text, logging.WARNING)
+    tile = size or AUTOMATIC_SIDE * PIXELS
+    if overlap >= tile:
+        raise ValueError(
+            f"{NODE}: tile_overlap is {overlap}, but a tile has only {tile} pixels, so the next one would not get "
+            f"further. Set tile_overlap to {max(unit, tile // 2 // unit * unit)} or less."
+        )
+    return TilingSettings(size // PIXELS, overlap // PIXELS, max(1, tiles_per_batch), say)
 
 
 class ClearSRControlApply(io.ComfyNode):
@@ -162,6 +187,39 @@ class ClearSRControlApply(io.ComfyNode):
                     tooltip="CLIP ViT-H/14 features of the low-resolution picture: the image prompt of SD 2.1 files. "
                     "Self-contained files bring their own. Without it the decoder reads the empty prompt.",
                 ),
+                widget(
+                    io.Int,
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    step=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Sample in overlapping tiles of this many pixels, which saves memory. 0 = automatic: one "
+                    "piece up to 1024 x 1024 pixels, tiles of 768 above that. As large as the picture = one piece.",
+                ),
+                widget(
+                    io.Int,
+                    "tile_overlap",
+                    default=128,
+                    min=64,
+                    max=8192,
+                    step=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="By how many pixels neighbouring tiles overlap at least. More = softer borders, slower.",
+                ),
+                widget(
+                    io.Int,
+                    "tiles_per_batch",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Tiles in one model call. More is faster on a large graphics card and needs more memory.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The controlled MODEL, for any sampler.")],
         )
@@ -179,6 +237,9 @@ class ClearSRControlApply(io.ComfyNode):
         control_every: int = 1,
         level_weights: str = "",
         clip_vision_output: HostObject = None,
+        tile_size: int = 0,
+        tile_overlap: int = 128,
+        tiles_per_batch: int = 1,
     ) -> io.NodeOutput:
         check_model(NODE, model, clearsr.config, clearsr.name)
         if model.get_attachment(KEY) is None:  # else it comes from ClearSR Loader, which has compared it
@@ -211,6 +272,7 @@ class ClearSRControlApply(io.ComfyNode):
             end_percent,
             control_every,
             parse_level_weights(level_weights),
+            tiling_settings(tile_size, tile_overlap, tiles_per_batch, functools.partial(notice, cls)),
         )
         controlled = attach_control(model, clearsr, samples, prompt, settings)
         # The samplers below find the empty prompt here, whatever happened to the MODEL in between.

@@ -1,7 +1,7 @@
 """What DPM/SPM Control Apply hangs on a MODEL: three closures and no state of their own.
 
     SAMPLER_SAMPLE wrapper   once per run: binds x_lr and p to every conditioning, so that the host itself crops them to
-                             areas, tiles and context windows, repeats and batches them
+                             areas, tiles and context windows, repeats and batches them; decides about tiles
     APPLY_MODEL wrapper      once per model call: computes the control and merges it with that of other ControlNets
     attn2 patch              in the UNet's decoder only: p instead of the text (paper Sec. 3.1)
 
@@ -10,12 +10,14 @@ Closures, because ComfyUI 0.3.75 deep-copies objects in model_options at every c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import comfy.conds
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -23,16 +25,17 @@ from torch import Tensor
 
 from .compat import HostObject
 from .sockets import KEY
+from .tiled_diffusion import CONTROL_SHARE, NODE, PLAN, TILE, TilingSettings, start_tiling
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
     from ..clearsr_core.control import ClearSRControl, ControlResiduals
+    from ..clearsr_core.tiles import Tile
     from .sockets import ClearSRBundle
 
 LR, PROMPT, RUN = "clearsr_lr", "clearsr_prompt", "clearsr_run"  # names in model_conds and transformer_options
-NODE = "DPM/SPM Control Apply"
-_CACHED_CONTROLS = 8  # areas or tiles of one step; beyond that the oldest is computed again
+_CACHED_CONTROLS = 8  # areas, or tiles of another tiler, in one step; beyond that the oldest is computed again
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class ControlSettings:
     end_percent: float = 1.0
     every: int = 1  # compute the control at every n-th step only
     level_weights: tuple[float, ...] = (1.0,) * 13  # 12 skips from fine to coarse, then the middle
+    tiling: TilingSettings = field(default_factory=TilingSettings)
 
 
 @dataclass
@@ -53,7 +57,7 @@ class ControlRun:
 
     lr_latent: Tensor  # (B, 4, h, w) model units, on the sampling device
     sigmas: Tensor  # the run's schedule
-    cache: list[CachedControl] = field(default_factory=list)
+    cache: dict[tuple[Tile, ...] | None, list[CachedControl]] = field(default_factory=dict)  # by our own tiles
 
     def step(self, sigma: float) -> int:
         """Return the step of the schedule that a model call at `sigma` belongs to."""
@@ -91,9 +95,9 @@ def attach_control(
         clone.remove_wrappers_with_key(kind, KEY)
     _remove_attn2_patch(clone)
     clone.set_additional_models(KEY, [bundle.control])
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _bind(lr_latent, prompt))
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _bind(lr_latent, prompt, settings.tiling))
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _control(bundle, settings))
-    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _reserve_memory)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _reserve_memory(settings.tiling))
     if prompt is not None:
         clone.set_model_attn2_patch(_decoder_reads_prompt)
     return clone
@@ -116,7 +120,7 @@ def _decoder_reads_prompt(query: Tensor, context: Tensor, value: Tensor | None, 
     return query, prompt, prompt
 
 
-def _bind(lr_latent: Tensor, prompt: Tensor | None) -> Callable[..., Tensor]:
+def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings) -> Callable[..., Tensor]:
     """Make the wrapper around a whole run (host: SAMPLER_SAMPLE)."""
 
     def bind(
@@ -142,8 +146,9 @@ def _bind(lr_latent: Tensor, prompt: Tensor | None) -> Callable[..., Tensor]:
                 bound.append({**cond, "model_conds": model_conds})
             guider.conds[name] = bound
         # The run's memory rides in this run's own copy of transformer_options and ends with it.
-        options = extra_args["model_options"]["transformer_options"]
-        options[RUN] = ControlRun(x_lr, sigmas)
+        run = ControlRun(x_lr, sigmas)
+        extra_args["model_options"]["transformer_options"][RUN] = run
+        start_tiling(tiling, extra_args["model_options"], guider, noise.shape, len(sigmas) - 1, run.cache.clear)
         return executor(guider, sigmas, extra_args, callback, noise, *rest)
 
     return bind
@@ -202,6 +207,8 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
     ) -> Tensor:
         options = dict(transformer_options or {})
         run: ControlRun | None = options.pop(RUN, None)
+        options.pop(PLAN, None)
+        tiles: tuple[Tile, ...] | None = options.pop(TILE, None)
         x_lr, prompt = conds.pop(LR, None), conds.pop(PROMPT, None)
         if prompt is not None:
             options[PROMPT] = prompt
@@ -243,7 +250,11 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
                 )
 
             reuse_x_t = x_t if settings.every == 1 else None  # between the computed steps x_t has moved on
-            residuals = _shared(run, moment, x_lr, x_t, reuse_x_t, len(options.get("cond_or_uncond", [0])), compute)
+            keep = constant or settings.every > 1
+            cache = None if run is None else _cache(run, tiles, keep)
+            residuals = _shared(cache, moment, x_lr, x_t, reuse_x_t, len(options.get("cond_or_uncond", [0])), compute)
+            if cache is not None and tiles is not None and keep:
+                _move(cache, comfy.model_management.unet_offload_device())
             control = _merged(control, residuals, settings.level_weights)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
@@ -258,8 +269,25 @@ def _window(x_lr: Tensor | None, x: Tensor, options: dict) -> Tensor | None:
     return window.get_tensor(x_lr, dim=window.dim)
 
 
+def _cache(run: ControlRun, tiles: tuple[Tile, ...] | None, keep: bool) -> list[CachedControl]:
+    """Return the memory of these tiles; what other tiles remember is dropped unless later steps can use it."""
+    if not keep:
+        for place in [place for place in run.cache if place != tiles]:
+            del run.cache[place]
+    return run.cache.setdefault(tiles, [])
+
+
+def _move(cache: list[CachedControl], device: torch.device) -> None:
+    """Let the residuals of tiles wait for the next step where the host lets weights wait: there is one for each."""
+    cache[:] = [dataclasses.replace(entry, residuals=_on(entry.residuals, device)) for entry in cache]
+
+
+def _on(residuals: ControlResiduals, device: torch.device) -> ControlResiduals:
+    return type(residuals)(tuple(residual.to(device) for residual in residuals.down), residuals.mid.to(device))
+
+
 def _shared(
-    run: ControlRun | None,
+    cache: list[CachedControl] | None,
     moment: tuple[int | float, ...],
     x_lr: Tensor,
     x_t: Tensor | None,
@@ -279,13 +307,13 @@ def _shared(
     x_lr, x_t = x_lr[:rows], None if x_t is None else x_t[:rows]
     compared_x_t = None if compared_x_t is None else compared_x_t[:rows]
 
-    for entry in run.cache if run is not None else ():
+    for entry in cache or ():
         if entry.moment == moment and _same(entry.lr_latent, x_lr) and _same(entry.x_t, compared_x_t):
-            return _repeated(entry.residuals, batch // rows)
+            return _repeated(_on(entry.residuals, x_lr.device), batch // rows)
     residuals = compute(x_lr, x_t)
-    if run is not None:
-        fresh = [entry for entry in run.cache if entry.moment == moment][-(_CACHED_CONTROLS - 1) :]
-        run.cache = [*fresh, CachedControl(moment, x_lr, compared_x_t, residuals)]
+    if cache is not None:
+        fresh = [entry for entry in cache if entry.moment == moment][-(_CACHED_CONTROLS - 1) :]
+        cache[:] = [*fresh, CachedControl(moment, x_lr, compared_x_t, residuals)]
     return _repeated(residuals, batch // rows)
 
 
@@ -328,8 +356,17 @@ def _added(theirs: list | None, ours: list) -> list:
     return [b if a is None else a if b is None else a + b for a, b in zip(theirs, ours, strict=True)]
 
 
-def _reserve_memory(
-    executor: HostObject, model: HostObject, shape: HostObject, *rest: HostObject, **options: HostObject
-) -> HostObject:
-    """Ask the host for room for the control networks' activations, half of the UNet's (host: PREPARE_SAMPLING)."""
-    return executor(model, [math.ceil(shape[0] * 1.5), *shape[1:]], *rest, **options)
+def _reserve_memory(tiling: TilingSettings) -> Callable[..., HostObject]:
+    """Make the wrapper that asks the host for memory (host: PREPARE_SAMPLING).
+
+    Room for the activations of one model call, a batch of tiles where there are tiles, and for those of the control
+    networks, which are half of the UNet's.
+    """
+
+    def reserve(
+        executor: HostObject, model: HostObject, shape: HostObject, *rest: HostObject, **options: HostObject
+    ) -> HostObject:
+        rows, *sides = tiling.call_shape(shape)
+        return executor(model, [math.ceil(rows * CONTROL_SHARE), *sides], *rest, **options)
+
+    return reserve

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import comfy.model_management
@@ -10,7 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from . import pictures
-from .compat import notice, schema, widget
+from .compat import notice, out_of_memory, schema, widget
 from .sockets import KEY, ClearSRSocket, LREntry
 
 if TYPE_CHECKING:
@@ -20,13 +22,36 @@ if TYPE_CHECKING:
 
 NODE = "LR Latent Encode"
 TILE_OVERLAP = 64  # pixels
+_SMALLER_TILES = (512, 256, 128)  # tried in this order when memory runs out
 
 
-def encode(vae: VAE, image: Tensor, tile: int) -> Tensor:
-    """Encode (B, H, W, 3) in [0, 1] to the posterior's mode, (B, 4, H/8, W/8) in VAE units."""
-    if tile == 0 or max(image.shape[1:3]) <= tile:
-        return vae.encode(image)
-    return vae.encode_tiled(image, tile_x=tile, tile_y=tile, overlap=TILE_OVERLAP)
+def encode(vae: VAE, image: Tensor, tile: int, say: Callable[[str], None]) -> Tensor:
+    """Encode to the posterior's mode; where memory runs out, in smaller and smaller tiles.
+
+    Args:
+        vae: E or E'.
+        image: (B, H, W, 3) in [0, 1].
+        tile: side in pixels; 0 = in one piece, which the host itself does in tiles of 512 where memory runs out.
+        say: tells the user that tiles became smaller.
+
+    Returns:
+        (B, 4, H/8, W/8) in VAE units.
+    """
+    size = max(image.shape[1:3])
+    while True:
+        try:
+            if tile == 0 or size <= tile:
+                return vae.encode(image)
+            # The host also cuts into tiles of half this width: the overlap must stay below that.
+            return vae.encode_tiled(image, tile_x=tile, tile_y=tile, overlap=min(TILE_OVERLAP, tile // 4))
+        except Exception as error:
+            smaller = next((side for side in _SMALLER_TILES if side < min(tile or size, size)), None)
+            if not out_of_memory(error) or smaller is None:
+                raise
+        # Outside of the handler above: the error holds every tensor of the failed call.
+        comfy.model_management.soft_empty_cache()
+        tile = smaller
+        say(f"{NODE}: out of memory; encoding goes on in tiles of {tile} pixels.")
 
 
 def image_prompt(bundle: ClearSRBundle, image: Tensor) -> Tensor | None:
@@ -100,7 +125,7 @@ class ClearSRLREncode(io.ComfyNode):
                     step=64,
                     advanced=True,
                     tooltip="Encode in tiles of this many pixels to save memory; 0 = in one piece, which is exact. "
-                    "512 is the size the models are trained at.",
+                    "512 is the size the models are trained at. Where memory runs out, tiles become smaller.",
                 ),
             ],
             outputs=[
@@ -133,11 +158,12 @@ class ClearSRLREncode(io.ComfyNode):
         content = pictures.target_size((image.shape[1], image.shape[2]), scale, width, height)
         enlarged = pictures.resize(image, content, resize)
         padded = pictures.pad_to_multiple(enlarged)
-        samples = encode(clearsr.lr_encoder, padded, tile_size)
+        say = functools.partial(notice, cls)
+        samples = encode(clearsr.lr_encoder, padded, tile_size, say)
         plain_anchor = clearsr.config.anchor == "plain"
         entry: LREntry = {
             "image_prompt": image_prompt(clearsr, enlarged),
-            "anchor": encode(clearsr.vae, padded, tile_size) if plain_anchor else None,
+            "anchor": encode(clearsr.vae, padded, tile_size, say) if plain_anchor else None,
             "content_size": content,
             "padded_size": (padded.shape[1], padded.shape[2]),
         }

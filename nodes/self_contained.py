@@ -58,6 +58,8 @@ def build_model(state_dict: dict[str, Tensor], config: ClearSRConfig, disable_dy
             "num_head_channels": networks.head_channels,
         }
         latent_format = LatentFormat
+        # The host's estimate is for 320 channels.
+        memory_usage_factor = comfy.supported_models.SD20.memory_usage_factor * networks.unet_widths[0] / 320
 
         def model_type(self, state_dict: dict, prefix: str = "") -> comfy.model_base.ModelType:
             # The host guesses v-prediction from a bias whose spread means nothing at these widths.

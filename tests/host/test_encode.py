@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import clearsr_rig as rig
+import comfy.model_management
 import numpy as np
 import pytest
 import torch
@@ -106,6 +107,28 @@ def test_tiled_encoding_is_close_and_small_pictures_are_not_tiled(tiny) -> None:
     small, _ = encode(tiny, rig.images(1, 64, 48), tile_size=256)
     assert torch.equal(small["samples"], whole["samples"])
     assert tiled["samples"].shape == whole["samples"].shape and not torch.equal(tiled["samples"], whole["samples"])
+
+
+@pytest.mark.parametrize("tile_size", [0, 192])
+def test_out_of_memory_encodes_in_smaller_tiles(tiny, caplog, monkeypatch, tile_size) -> None:
+    """The fallback gives what asking for the smaller tiles gives; with nothing smaller left the error comes through."""
+    image = rig.images(1, 64, 48)
+    expected, _ = encode(tiny, image, tile_size=128)
+    network, limit = tiny["clearsr"].lr_encoder.first_stage_model, [128 * 128]
+    inner = network.encode
+
+    def limited(pixels, *more):
+        if pixels.shape[-1] * pixels.shape[-2] > limit[0]:
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+        return inner(pixels, *more)
+
+    monkeypatch.setattr(network, "encode", limited)
+    latent, _ = encode(tiny, image, tile_size=tile_size)
+    assert torch.equal(latent["samples"], expected["samples"])
+    assert "out of memory; encoding goes on in tiles of 128 pixels" in caplog.text
+    limit[0] = 0
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION):
+        encode(tiny, image, tile_size=tile_size)
 
 
 def test_batch_of_different_pictures(tiny) -> None:

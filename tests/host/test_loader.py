@@ -229,6 +229,11 @@ def test_fingerprint_follows_the_file(tiny) -> None:
     assert kind.fingerprint_inputs(tiny["name"], lora_strength=1.0) == (status.st_mtime_ns, status.st_size)
 
 
+def test_memory_estimate_of_a_narrow_model_is_a_share_of_the_full_one(tiny) -> None:
+    full = comfy.supported_models.SD20.memory_usage_factor
+    assert tiny["model"].model.memory_usage_factor == pytest.approx(full * 32 / 320)
+
+
 def test_nothing_is_registered_for_narrow_models(tiny) -> None:
     names = [kind.__name__ for kind in comfy.supported_models.models]
     assert "NarrowSD2" not in names
