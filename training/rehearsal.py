@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def shapes_of(settings: DataSettings) -> Stage[Any]:
     """
     # Read before tensors lose their content.
     networks = networks_of(settings.base, settings.base_widths) if isinstance(settings, ClearSRSettings) else None
-    with torch.device("meta"), Answers():
+    with torch.device("meta"), Answers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # nothing is to be copied
         if isinstance(settings, ClearSRSettings) and networks is not None:
             return _ClearSR(settings, networks)
         if isinstance(settings, BaseSettings):
