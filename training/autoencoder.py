@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .batches import Ahead, DataSettings
+from .discriminator import PatchDiscriminator, adversarial_losses
 from .linear_start import fit_ends, start_linear
 from .models import LATENT_SCALE, build_autoencoder
 from .perceptual import EffLite
@@ -32,6 +33,10 @@ class AutoencoderSettings(DataSettings):
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
     coarse_weight: float = 0.5  # of the L1 between 8x8 means; without it a short training spends the latent on edges
+    latent_noise: float = 0.0  # largest deviation of the noise that disturbs what the decoder sees, model units; 0 = off
+    adversarial_weight: float = 0.0  # of a patch discriminator's judgement; 0 = no discriminator
+    adversarial_start: int = 0  # step from which the decoder hears it; it learns from the first one on
+    discriminator_width: int = 32  # channels after its first convolution
 
 
 class AutoencoderStage:
@@ -43,6 +48,11 @@ class AutoencoderStage:
             torch.manual_seed(settings.seed)
             self.model = build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
             start_linear(self.model)
+            self.discriminator = (
+                PatchDiscriminator(settings.discriminator_width).to(settings.device)
+                if settings.adversarial_weight
+                else None
+            )
         self.perceptual = EffLite().to(settings.device)
         self.photographs = settings.photographs(settings.crop)
         fit_ends(self.model, self.photographs.crops(32, settings.crop, torch.Generator().manual_seed(settings.seed)))
@@ -52,26 +62,37 @@ class AutoencoderStage:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         decoder = ("decoder.", "post_quant_conv.")
         still = self.settings.freeze_encoder
-        return {name: value for name, value in self.weights().items() if not still or name.startswith(decoder)}
+        moved = {name: value for name, value in self.weights().items() if not still or name.startswith(decoder)}
+        if self.discriminator is not None:
+            moved |= {f"discriminator.{name}": value for name, value in self.discriminator.named_parameters()}
+        return moved
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
+        """Return the autoencoder alone: the discriminator is of no use to other runs, and begins anew in each."""
         return dict(self.model.named_parameters())
 
-    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the crops of a step, (B, 3, crop, crop) in [-1, 1], and the noise of their latents, (B, 4, h, w)."""
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw everything random of one step.
+
+        Returns:
+            Crops (B, 3, crop, crop) in [-1, 1]; the unit noise of their posteriors (B, 4, h, w); and the disturbance
+            of their latents (B, 4, h, w) in model units, of another strength for every crop.
+        """
         settings = self.settings
         images = self.photographs.crops(
             settings.batch, settings.crop, generator, settings.candidates, first=step * settings.batch
         )
-        side = settings.crop // 8
-        return images, torch.randn((settings.batch, 4, side, side), generator=generator)
+        shape = (settings.batch, 4, settings.crop // 8, settings.crop // 8)
+        noise = torch.randn(shape, generator=generator)
+        strength = settings.latent_noise * torch.rand((settings.batch, 1, 1, 1), generator=generator)
+        return images, noise, strength * torch.randn(shape, generator=generator)
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        images, noise = (tensor.to(settings.device) for tensor in self.batches.get(step, generator))
+        images, noise, disturbance = (tensor.to(settings.device) for tensor in self.batches.get(step, generator))
         with torch.set_grad_enabled(not settings.freeze_encoder):
             posterior = self.model.encode(images).latent_dist
-        restored = self.model.decode(posterior.mean + posterior.std * noise).sample
+        restored = self.model.decode(posterior.mean + posterior.std * noise + disturbance / LATENT_SCALE).sample
         l1 = (restored - images).abs().mean()
         perceptual = self.perceptual.distance(restored, images).mean()
         kl = posterior.kl().mean()
@@ -80,6 +101,13 @@ class AutoencoderStage:
         with torch.no_grad():
             psnr = -10 * torch.log10((restored - images).square().mean() / 4 + 1e-12)
         figures = {"l1": l1, "coarse": coarse, "efflite": perceptual, "psnr": psnr}
+        if self.discriminator is not None:
+            heard, judge = adversarial_losses(self.discriminator, restored, images)
+            # Adam does not care how the judge's own loss is scaled; the common limit of the gradient's norm does.
+            loss = loss + settings.adversarial_weight * judge
+            if step >= settings.adversarial_start:
+                loss = loss + settings.adversarial_weight * heard
+            figures |= {"adversarial": heard, "judge": judge}
         return loss, {name: float(value.detach()) for name, value in figures.items()}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:

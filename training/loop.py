@@ -135,7 +135,7 @@ def run(stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> bo
     )
     averaged = {name: value.detach().clone() for name, value in parameters.items()} if settings.ema else {}
     if settings.init != Path():
-        _start_from(settings.init, {**parameters, **held}, averaged)
+        _start_from(settings.init, stage.weights(), averaged)
     step = _resume(out, parameters, held, averaged, optimizer, identity)
     _forget_after(out / "stats.jsonl", step)
 
