@@ -33,7 +33,9 @@ class AutoencoderSettings(DataSettings):
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
     coarse_weight: float = 0.5  # of the L1 between 8x8 means; without it a short training spends the latent on edges
-    latent_noise: float = 0.0  # largest deviation of the noise that disturbs what the decoder sees, model units; 0 = off
+    latent_noise: float = (
+        0.0  # largest deviation of the noise that disturbs what the decoder sees, model units; 0 = off
+    )
     adversarial_weight: float = 0.0  # of a patch discriminator's judgement; 0 = no discriminator
     adversarial_start: int = 0  # step from which the decoder hears it; it learns from the first one on
     discriminator_width: int = 32  # channels after its first convolution

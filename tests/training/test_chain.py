@@ -139,6 +139,27 @@ def test_decoder_learns_alone_and_latents_stay(chain: Path, tmp_path: Path) -> N
     assert train.main([*again, f"--init={tmp_path}", f"--out={tmp_path}/again", "--steps=1"]) == 0
 
 
+def test_a_finished_run_writes_its_file_with_another_decoder(chain: Path, tmp_path: Path) -> None:
+    """Decoder run, base of it, and stage 3's command again: the decoder is new, all else as trained."""
+    decoder = ["--preset=nano_adversarial", "--widths=32,32,32,32", "--steps=1", "--warmup=0", "--ema=0"]
+    assert train.main(_continued(chain, tmp_path / "decoder", *decoder)) == 0
+    shared = ["--preset=nano_base", "--widths=32,32,64,64", "--context_dim=16", f"--vae={tmp_path}/decoder/vae"]
+    caches = ["--steps=0", "--crops=4", f"--cache={chain}/latents.safetensors"]
+    assert train.main(_continued(chain, tmp_path / "base", *shared, *caches)) == 0
+    command = _fixed_encoders(chain, tmp_path, "run", 1)
+    assert train.main(command) == 0
+    before = checkpoint.read(tmp_path / "run" / "clearsr.safetensors").tensors
+    assert train.main([*command, f"--base={tmp_path}/base"]) == 0
+    after = checkpoint.read(tmp_path / "run" / "clearsr.safetensors").tensors
+    changed = {
+        f"{part}.{name.partition('.')[0]}"
+        for part, table in before.items()
+        for name, value in table.items()
+        if not torch.equal(value, after[part][name])
+    }
+    assert changed == {"base.vae.decoder", "base.vae.post_quant_conv"}
+
+
 def test_a_base_is_trained_further_from_a_file(chain: Path, tmp_path: Path) -> None:
     shared = ["--preset=nano_base", "--widths=32,32,64,64", "--context_dim=16", f"--vae={chain}/autoencoder/vae"]
     command = _continued(chain, tmp_path, *shared, f"--cache={chain}/latents.safetensors", "--crops=4", "--steps=1")
