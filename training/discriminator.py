@@ -7,21 +7,23 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of every patch of 38 pixels how much it looks like a photograph.
+    """Says of every patch of 40 pixels how much it looks like a photograph.
 
     Every convolution is divided by the largest singular value of its weight, (out, in * kernel), so that the judgement
     stays smooth. The value is computed exactly each time: there is no state beside the parameters, and a resumed run
     is the same run.
 
     Args:
-        width: channels after the first convolution; 2 and 4 times as many after the next.
+        width: channels after the first two convolutions; 2 and 4 times as many after the next.
     """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             [
-                nn.Conv2d(3, width, 4, stride=2, padding=1),
+                # At full resolution first: behind a stride, a grid of two pixels looks like none.
+                nn.Conv2d(3, width, 3, padding=1),
+                nn.Conv2d(width, width, 4, stride=2, padding=1),
                 nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
                 nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1),
                 nn.Conv2d(4 * width, 1, 3, padding=1),

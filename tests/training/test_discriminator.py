@@ -43,12 +43,12 @@ def test_one_judgement_for_every_eight_pixels(judge: PatchDiscriminator) -> None
     assert judge(_pictures(0)).shape == (2, 1, 4, 6)
 
 
-def test_a_judgement_rests_on_38_pixels(judge: PatchDiscriminator) -> None:
+def test_a_judgement_rests_on_40_pixels(judge: PatchDiscriminator) -> None:
     pictures = torch.zeros(1, 3, 96, 96, requires_grad=True)
     judge(pictures)[0, 0, 6, 6].backward()
     assert pictures.grad is not None
     rows = pictures.grad.abs().sum(dim=(0, 1, 3)).nonzero()
-    assert int(rows.max() - rows.min()) + 1 == 38
+    assert int(rows.max() - rows.min()) + 1 == 40
 
 
 def test_spectral_norm_is_the_largest_singular_value(judge: PatchDiscriminator) -> None:
