@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clearsr_core import checkpoint
-from training import degradation, models, prepare, restore, snapshot, train
+from training import degradation, models, prepare, replace_decoder, restore, snapshot, train
 from training.autoencoder import build_autoencoder, normalise_latents
 from training.base_model import BaseModel
 from training.clearsr_model import ClearSRModel
@@ -139,25 +139,31 @@ def test_decoder_learns_alone_and_latents_stay(chain: Path, tmp_path: Path) -> N
     assert train.main([*again, f"--init={tmp_path}", f"--out={tmp_path}/again", "--steps=1"]) == 0
 
 
-def test_a_finished_run_writes_its_file_with_another_decoder(chain: Path, tmp_path: Path) -> None:
-    """Decoder run, base of it, and stage 3's command again: the decoder is new, all else as trained."""
+def test_a_finished_file_gets_another_decoder(chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The decoder is new, all else as it was, and the file tells where the decoder comes from."""
+    file, out = chain / "nano" / "clearsr.safetensors", tmp_path / "new.safetensors"
+    command = [f"--checkpoint={file}", f"--out={out}"]
     decoder = ["--preset=nano_adversarial", "--widths=32,32,32,32", "--steps=1", "--warmup=0", "--ema=0"]
     assert train.main(_continued(chain, tmp_path / "decoder", *decoder)) == 0
-    shared = ["--preset=nano_base", "--widths=32,32,64,64", "--context_dim=16", f"--vae={tmp_path}/decoder/vae"]
-    caches = ["--steps=0", "--crops=4", f"--cache={chain}/latents.safetensors"]
-    assert train.main(_continued(chain, tmp_path / "base", *shared, *caches)) == 0
-    command = _fixed_encoders(chain, tmp_path, "run", 1)
-    assert train.main(command) == 0
-    before = checkpoint.read(tmp_path / "run" / "clearsr.safetensors").tensors
-    assert train.main([*command, f"--base={tmp_path}/base"]) == 0
-    after = checkpoint.read(tmp_path / "run" / "clearsr.safetensors").tensors
+    assert replace_decoder.main([*command, f"--run={tmp_path}/decoder"]) == 0
+    before, after = checkpoint.read(file), checkpoint.read(out)
     changed = {
         f"{part}.{name.partition('.')[0]}"
-        for part, table in before.items()
+        for part, table in before.tensors.items()
         for name, value in table.items()
-        if not torch.equal(value, after[part][name])
+        if not torch.equal(value, after.tensors[part][name])
     }
     assert changed == {"base.vae.decoder", "base.vae.post_quant_conv"}
+    assert after.config == before.config
+    assert after.training["settings"] == before.training["settings"]
+    assert after.training["decoder"]["settings"]["latent_noise"] == 0.3
+    # Any other run is refused: not finished, or of another encoder.
+    assert replace_decoder.main([*command, f"--run={tmp_path}"]) == 1
+    assert "no finished run" in caplog.text
+    other = ["--preset=nano_autoencoder", "--widths=32,32,32,32", "--steps=1", "--warmup=0", "--ema=0"]
+    assert train.main(_continued(chain, tmp_path / "other", *other)) == 0
+    assert replace_decoder.main([*command, f"--run={tmp_path}/other"]) == 1
+    assert "--freeze_encoder=true" in caplog.text
 
 
 def test_a_base_is_trained_further_from_a_file(chain: Path, tmp_path: Path) -> None:
