@@ -29,6 +29,7 @@ class ReplaceSettings:
     checkpoint: Path  # a self-contained ClearSR file
     run: Path  # folder of a run of the autoencoder stage with freeze_encoder
     out: Path  # the new file
+    share: float = 1.0  # of the run's weights, between 0 and 1; the rest stays the file's own decoder
 
 
 def run(settings: ReplaceSettings) -> None:
@@ -37,6 +38,8 @@ def run(settings: ReplaceSettings) -> None:
     Raises:
         ValueError: the run is not one of this file's decoder; the message says why.
     """
+    if not 0.0 < settings.share <= 1.0:
+        raise ValueError(f"--share={settings.share}: give a number above 0 and at most 1.")
     stored = checkpoint.read(settings.checkpoint)
     networks = stored.config.base
     if networks is None:
@@ -48,8 +51,11 @@ def run(settings: ReplaceSettings) -> None:
         )
     vae = AutoencoderKL.from_pretrained(settings.run / "vae", local_files_only=True, use_safetensors=True)
     ours = stored.tensors["base.vae"]
-    theirs = {name: value.to(torch.float16) for name, value in vae_to_host(vae.state_dict(), networks).items()}
-    moved = [name for name, value in ours.items() if name not in theirs or not torch.equal(value, theirs[name])]
+    trained = vae_to_host(vae.state_dict(), networks)
+    theirs = {
+        name: torch.lerp(ours[name].float(), value, settings.share).to(torch.float16) for name, value in trained.items()
+    }
+    moved = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
     others = [name for name in moved if not name.startswith(DECODER)]
     if others:
         raise ValueError(
@@ -58,7 +64,7 @@ def run(settings: ReplaceSettings) -> None:
             "--freeze_encoder=true."
         )
     state = snapshot.read(last)
-    notes = {**stored.training, "decoder": {"settings": state.settings, "steps": state.step}}
+    notes = {**stored.training, "decoder": {"settings": state.settings, "steps": state.step, "share": settings.share}}
     tensors = {**stored.tensors, "base.vae": theirs}
     checkpoint.write(settings.out, dataclasses.replace(stored, training=notes, tensors=tensors))
     checkpoint.read(settings.out)

@@ -157,6 +157,12 @@ def test_a_finished_file_gets_another_decoder(chain: Path, tmp_path: Path, caplo
     assert after.config == before.config
     assert after.training["settings"] == before.training["settings"]
     assert after.training["decoder"]["settings"]["latent_noise"] == 0.3
+    # Half of it is half way, and an encoder that stood still stays bit for bit.
+    assert replace_decoder.main([*command, f"--run={tmp_path}/decoder", "--share=0.5"]) == 0
+    half, name = checkpoint.read(out).tensors["base.vae"], "decoder.conv_out.weight"
+    start, end = before.tensors["base.vae"][name].float(), after.tensors["base.vae"][name].float()
+    torch.testing.assert_close(half[name].float(), (start + end) / 2, rtol=1e-3, atol=1e-4)
+    assert replace_decoder.main([*command, f"--run={tmp_path}/decoder", "--share=2"]) == 1
     # Any other run is refused: not finished, or of another encoder.
     assert replace_decoder.main([*command, f"--run={tmp_path}"]) == 1
     assert "no finished run" in caplog.text
