@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -36,14 +38,13 @@ class PatchDiscriminator(nn.Module):
         With `frozen` no gradient reaches the discriminator's own weights.
         """
         features = pictures
-        for index, layer in enumerate(self.layers):
-            weight = layer.weight / spectral_norm(layer.weight)
-            bias = layer.bias
+        for index, layer in enumerate(cast("list[nn.Conv2d]", list(self.layers))):
+            weight, bias = layer.weight / spectral_norm(layer.weight), cast("Tensor", layer.bias)
             if frozen:
                 weight, bias = weight.detach(), bias.detach()
             if index:
                 features = nn.functional.leaky_relu(features, 0.2)
-            features = nn.functional.conv2d(features, weight, bias, layer.stride, layer.padding)
+            features = nn.functional.conv2d(features, weight, bias, layer.stride, padding=1)
         return features
 
 
