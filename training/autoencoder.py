@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .batches import Ahead, DataSettings
+from .discriminator import PatchDiscriminator, adversarial_losses
 from .linear_start import fit_ends, start_linear
 from .models import LATENT_SCALE, build_autoencoder
 from .perceptual import EffLite
@@ -33,34 +34,52 @@ class AutoencoderSettings(DataSettings):
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
     coarse_weight: float = 0.5  # of the L1 between 8x8 means; without it a short training spends the latent on edges
+    latent_noise: float = 0.0  # largest deviation of the noise on the latents that the decoder sees, model units
+    adversarial_weight: float = 0.0  # of a patch discriminator's judgement; 0 = no discriminator
+    adversarial_start: int = 0  # step from which the decoder hears it; it learns from the first one on
+    discriminator_width: int = 32  # channels after its first convolution
 
 
 class CropBatch(NamedTuple):
-    """Crops and the noise of their latents."""
+    """Everything random of one step."""
 
     images: Tensor  # (B, 3, crop, crop) in [-1, 1]
-    noise: Tensor  # (B, 4, crop / 8, crop / 8)
+    noise: Tensor  # (B, 4, crop / 8, crop / 8), of the posteriors, unit variance
+    disturbance: Tensor  # (B, 4, crop / 8, crop / 8) in model units, of another strength for every crop
+    heard: bool  # the decoder hears the discriminator already
 
 
 class Reconstruction(nn.Module):
     """L1 + EffLite between crops and what the autoencoder makes of them, and a faint pull towards a unit Gaussian."""
 
-    def __init__(self, settings: AutoencoderSettings, model: AutoencoderKL) -> None:
+    def __init__(
+        self, settings: AutoencoderSettings, model: AutoencoderKL, discriminator: PatchDiscriminator | None
+    ) -> None:
         super().__init__()
         self.settings, self.model, self.perceptual = settings, model, EffLite()
+        self.discriminator = discriminator
 
     def forward(self, batch: CropBatch) -> tuple[Tensor, dict[str, Tensor]]:
         settings, images = self.settings, batch.images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not settings.freeze_encoder):
             posterior = self.model.encode(images).latent_dist
-        restored = self.model.decode(posterior.mean + posterior.std * batch.noise).sample
+        latents = posterior.mean + posterior.std * batch.noise + batch.disturbance / LATENT_SCALE
+        restored = self.model.decode(latents).sample
         l1 = (restored - images).abs().mean()
         perceptual = self.perceptual.distance(restored, images).mean()
         kl = posterior.kl().mean()
         coarse = torch.nn.functional.avg_pool2d(restored - images, 8).abs().mean()
         loss = l1 + settings.perceptual_weight * perceptual + settings.coarse_weight * coarse + settings.kl_weight * kl
         psnr = -10 * torch.log10((restored.detach() - images).square().mean() / 4 + 1e-12)
-        return loss, {"l1": l1.detach(), "coarse": coarse.detach(), "efflite": perceptual.detach(), "psnr": psnr}
+        figures = {"l1": l1, "coarse": coarse, "efflite": perceptual, "psnr": psnr}
+        if self.discriminator is not None:
+            heard, judge = adversarial_losses(self.discriminator, restored, images)
+            # Adam does not care how the judge's own loss is scaled; the common limit of the gradient's norm does.
+            loss = loss + settings.adversarial_weight * judge
+            if batch.heard:
+                loss = loss + settings.adversarial_weight * heard
+            figures |= {"adversarial": heard, "judge": judge}
+        return loss, {name: value.detach() for name, value in figures.items()}
 
 
 class AutoencoderStage:
@@ -72,16 +91,22 @@ class AutoencoderStage:
             torch.manual_seed(settings.seed)
             self.model = build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
             start_linear(self.model)
+            judge = PatchDiscriminator(settings.discriminator_width) if settings.adversarial_weight else None
         self.photographs = settings.photographs(settings.crop)
         fit_ends(self.model, self.photographs.crops(32, settings.crop, torch.Generator().manual_seed(settings.seed)))
-        self.module = Reconstruction(settings, self.model).to(settings.device)
+        self.module = Reconstruction(settings, self.model, judge).to(settings.device)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         decoder = ("decoder.", "post_quant_conv.")
         still = self.settings.freeze_encoder
-        return {name: value for name, value in self.weights().items() if not still or name.startswith(decoder)}
+        moved = {name: value for name, value in self.weights().items() if not still or name.startswith(decoder)}
+        judge = self.module.discriminator
+        if judge is not None:
+            moved |= {f"discriminator.{name}": value for name, value in judge.named_parameters()}
+        return moved
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
+        """Return the autoencoder alone: the discriminator is of no use to other runs, and begins anew in each."""
         return dict(self.model.named_parameters())
 
     def start(self, rows: range) -> None:
@@ -92,16 +117,20 @@ class AutoencoderStage:
         return self.batches.get(step)
 
     def make(self, step: int) -> CropBatch:
-        """Cut the crops of a step; each follows from its number among all samples of the run."""
+        """Draw everything random of a step; each crop follows from its number among all samples of the run."""
         settings = self.settings
         numbers = [step * settings.batch + row for row in self.rows]
         images = [
             self.photographs.crop(settings.crop, generator_for(settings.seed + 1, number), settings.candidates, number)
             for number in numbers
         ]
-        side = settings.crop // 8
-        noise = torch.randn((settings.batch, 4, side, side), generator=generator_for(settings.seed, step))
-        return CropBatch(torch.stack(images), noise[self.rows.start : self.rows.stop])
+        shape = (settings.batch, 4, settings.crop // 8, settings.crop // 8)
+        generator = generator_for(settings.seed, step)
+        noise = torch.randn(shape, generator=generator)
+        strength = settings.latent_noise * torch.rand((settings.batch, 1, 1, 1), generator=generator)
+        disturbance = strength * torch.randn(shape, generator=generator)
+        share, heard = slice(self.rows.start, self.rows.stop), step >= settings.adversarial_start
+        return CropBatch(torch.stack(images), noise[share], disturbance[share], heard)
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         size = min(256, *(min(size) for size in self.photographs.sizes)) // 8 * 8

@@ -113,6 +113,7 @@ def _memory(settings: DataSettings, needed: rehearsal.MemoryEstimate, processes:
         "averaged weights": needed.averaged,
         "batch": needed.batch,
         "activations and temporaries, at the peak": needed.activations,
+        "the process beside its tensors": needed.rest,
         f"sum, on {device}": needed.total,
     }
     decoded = sum(3 * height * width for height, width in open_source(settings.data, settings.crop).sizes)

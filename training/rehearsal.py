@@ -31,6 +31,7 @@ from .checkpointing import checkpoint_blocks
 from .clearsr import ClearSRObjective, ClearSRSettings, ClearSRStage, PairBatch, control_config
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
+from .discriminator import PatchDiscriminator
 from .live_memory import Answers, LiveMemory
 from .loop import Stage
 
@@ -49,14 +50,29 @@ class MemoryEstimate:
     batch: int
     activations: int  # kept for the backward pass, and what the operation of that moment needs
     operations: int  # floating point operations of the step's matrix products, forward and backward
+    on_gpu: bool
+
+    @property
+    def tensors(self) -> int:
+        """What torch's tensors take."""
+        return self.weights + self.gradients + self.optimizer + self.averaged + self.batch + self.activations
+
+    @property
+    def rest(self) -> int:
+        """What a process takes on a CPU beside its tensors: code of libraries, gaps in the allocator.
+
+        Fitted to five measurements of `training.bench_step`, from 1 to 16 GiB (docs/TRAINING.md). For a GPU there are none.
+        """
+        return 0 if self.on_gpu else 2**28 + self.tensors // 8
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.averaged + self.batch + self.activations
+        return self.tensors + self.rest
 
     def table(self) -> str:
         """Return the parts in GiB, on one line."""
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-1]}
+        names = [field.name for field in dataclasses.fields(self)[:-2]]
+        parts = {name: getattr(self, name) for name in (*names, "rest")}
         return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
 
 
@@ -142,14 +158,16 @@ class _Autoencoder(AutoencoderStage):
     def __init__(self, settings: AutoencoderSettings) -> None:
         self.settings = settings
         self.model = models.build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
-        self.module = Reconstruction(settings, self.model)
+        judge = PatchDiscriminator(settings.discriminator_width) if settings.adversarial_weight else None
+        self.module = Reconstruction(settings, self.model, judge)
 
     def start(self, rows: range) -> None:
         self.rows = rows
 
     def batch(self, step: int) -> CropBatch:
         count, crop = len(self.rows), self.settings.crop
-        return CropBatch(torch.empty(count, 3, crop, crop), torch.empty(count, 4, crop // 8, crop // 8))
+        noise = torch.empty(count, 4, crop // 8, crop // 8)
+        return CropBatch(torch.empty(count, 3, crop, crop), noise, torch.empty_like(noise), heard=True)
 
 
 def step(
@@ -187,8 +205,8 @@ def step(
 def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
     """Rehearse a run's second step, and return what it takes in each of `processes` processes.
 
-    Everything is counted that torch's tensors take, on the device or, on a CPU, in main memory. Not counted are Python
-    and torch themselves, what CUDA and cuDNN take for themselves, gaps in the allocator, and decoded photographs.
+    Everything is counted that torch's tensors take, on the device or, on a CPU, in main memory, where an allowance for the
+    process is added. Not counted are Python and torch themselves, what CUDA and cuDNN take, and decoded photographs.
 
     Raises:
         ValueError: as `shapes_of`, or the batch cannot be shared out evenly.
@@ -231,6 +249,7 @@ def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
         batch=with_batch - with_average,
         activations=memory.peak - named,
         operations=memory.operations,
+        on_gpu=on_gpu,
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from clearsr_core import checkpoint
-from training import degradation, models, prepare, restore, run_folder, snapshot, train
+from training import degradation, models, prepare, replace_decoder, restore, run_folder, snapshot, train
 from training.autoencoder import build_autoencoder, normalise_latents
 from training.base_model import BaseModel
 from training.checkpointing import Checkpointing, checkpoint_blocks
@@ -139,6 +139,39 @@ def test_decoder_learns_alone_and_latents_stay(chain: Path, tmp_path: Path) -> N
     assert train.main([*command, "--steps=3", "--ema=0"]) == 0
     again = [argument for argument in command if not argument.startswith(("--init", "--out"))]
     assert train.main([*again, f"--init={tmp_path}", f"--out={tmp_path}/again", "--steps=1"]) == 0
+
+
+def test_a_finished_file_gets_another_decoder(chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The decoder is new, all else as it was, and the file tells where the decoder comes from."""
+    file, out = chain / "nano" / "clearsr.safetensors", tmp_path / "new.safetensors"
+    command = [f"--checkpoint={file}", f"--out={out}"]
+    decoder = ["--preset=nano_adversarial", "--widths=32,32,32,32", "--steps=1", "--warmup=0", "--ema=0"]
+    assert train.main(_continued(chain, tmp_path / "decoder", *decoder)) == 0
+    assert replace_decoder.main([*command, f"--run={tmp_path}/decoder"]) == 0
+    before, after = checkpoint.read(file), checkpoint.read(out)
+    changed = {
+        f"{part}.{name.partition('.')[0]}"
+        for part, table in before.tensors.items()
+        for name, value in table.items()
+        if not torch.equal(value, after.tensors[part][name])
+    }
+    assert changed == {"base.vae.decoder", "base.vae.post_quant_conv"}
+    assert after.config == before.config
+    assert after.training["settings"] == before.training["settings"]
+    assert after.training["decoder"]["settings"]["latent_noise"] == 0.3
+    # Half of it is half way, and an encoder that stood still stays bit for bit.
+    assert replace_decoder.main([*command, f"--run={tmp_path}/decoder", "--share=0.5"]) == 0
+    half, name = checkpoint.read(out).tensors["base.vae"], "decoder.conv_out.weight"
+    start, end = before.tensors["base.vae"][name].float(), after.tensors["base.vae"][name].float()
+    torch.testing.assert_close(half[name].float(), (start + end) / 2, rtol=1e-3, atol=1e-4)
+    assert replace_decoder.main([*command, f"--run={tmp_path}/decoder", "--share=2"]) == 1
+    # Any other run is refused: not finished, or of another encoder.
+    assert replace_decoder.main([*command, f"--run={tmp_path}"]) == 1
+    assert "no finished run" in caplog.text
+    other = ["--preset=nano_autoencoder", "--widths=32,32,32,32", "--steps=1", "--warmup=0", "--ema=0"]
+    assert train.main(_continued(chain, tmp_path / "other", *other)) == 0
+    assert replace_decoder.main([*command, f"--run={tmp_path}/other"]) == 1
+    assert "--freeze_encoder=true" in caplog.text
 
 
 def test_a_base_is_trained_further_from_a_file(chain: Path, tmp_path: Path) -> None:
