@@ -61,7 +61,7 @@ class MemoryEstimate:
     def rest(self) -> int:
         """What a process takes on a CPU beside its tensors: code of libraries, gaps in the allocator.
 
-        Fitted to five measurements of `training.bench_step`, from 1 to 16 GiB (docs/TRAINING.md). For a GPU there are none.
+        Fitted to five measurements of `training.bench_step`, from 1 to 16 GiB (docs/TRAINING.md); none was on a GPU.
         """
         return 0 if self.on_gpu else 2**28 + self.tensors // 8
 
@@ -205,8 +205,8 @@ def step(
 def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
     """Rehearse a run's second step, and return what it takes in each of `processes` processes.
 
-    Everything is counted that torch's tensors take, on the device or, on a CPU, in main memory, where an allowance for the
-    process is added. Not counted are Python and torch themselves, what CUDA and cuDNN take, and decoded photographs.
+    Everything is counted that torch's tensors take, on the device or, on a CPU, in main memory, where an allowance for
+    the process is added. Not counted are Python and torch themselves, what CUDA and cuDNN take, and decoded photographs.
 
     Raises:
         ValueError: as `shapes_of`, or the batch cannot be shared out evenly.
@@ -307,7 +307,8 @@ def _norms_in_float32(module: nn.Module) -> None:
     """Let norms compute as autocast on a GPU has them: in float32. On the CPU they compute in bfloat16."""
     for part in module.modules():
         if isinstance(part, nn.GroupNorm | nn.LayerNorm):
-            part.forward = functools.partial(_in_float32, part.forward)
+            wrapped: Any = functools.partial(_in_float32, part.forward)
+            part.forward = wrapped
 
 
 def _in_float32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
