@@ -206,7 +206,7 @@ def estimate(settings: DataSettings, processes: int = 1) -> MemoryEstimate:
     """Rehearse a run's second step, and return what it takes in each of `processes` processes.
 
     Everything is counted that torch's tensors take, on the device or, on a CPU, in main memory, where an allowance for
-    the process is added. Not counted are Python and torch themselves, what CUDA and cuDNN take, and decoded photographs.
+    the process is added. Not counted are Python and torch themselves, CUDA and cuDNN, and decoded photographs.
 
     Raises:
         ValueError: as `shapes_of`, or the batch cannot be shared out evenly.
