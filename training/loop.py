@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import signal
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -160,9 +161,7 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
         step = state.step if state is not None else 0
         if state is not None:
             _take(state, "model", stage.trainable())
-            _take(
-                state, "held", {name: value for name, value in stage.weights().items() if name not in stage.trainable()}
-            )
+            _take(state, "held", _held(stage))
         elif settings.init != Path():
             _start_from(settings.init, stage.weights())
         for name, parameter in stage.weights().items():
@@ -194,7 +193,12 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
 
         def validate() -> dict[str, float]:
             with torch.no_grad(), parallel.gathered(module), _swapped(parameters, averaged):
-                return stage.validate(step, out)
+                if main:
+                    return stage.validate(step, out)
+                if parallel.is_sharded(accelerator):  # every process has a part of what is needed
+                    with tempfile.TemporaryDirectory() as nowhere:
+                        return stage.validate(step, Path(nowhere))
+            return {}
 
         non_finite = 0
         began, first = time.monotonic(), step

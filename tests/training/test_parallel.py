@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.training import sharded_run, toy
-from training import loop, parallel, snapshot, train
+from training import loop, parallel, run_folder, snapshot, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,7 @@ def launch(*arguments: str | Path) -> None:
 
 
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "stats.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in run_folder.rows(out) if "loss" in row]
 
 
 def test_two_processes_train_the_run_of_one(chain: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_two_processes_train_the_run_of_one(chain: Path, tmp_path: Path) -> None
         return ["--preset=nano", "--decay=constant", "--threads=1", f"--steps={steps}", *shared, *places]
 
     assert train.main(settings("one", 4)) == 0
-    launch("-m", "training.train", *settings("two", 3), "--accumulation=2")
+    launch("-m", "training.train", *settings("two", 3), "--accumulation=2", "--validate_every=3")
     assert train.main(settings("two", 4)) == 0
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0.0, atol=1e-5)
     one, two = (snapshot.read(tmp_path / out / "state_00000004.safetensors").tensors for out in ("one", "two"))
