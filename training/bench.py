@@ -182,8 +182,9 @@ def run(settings: BenchSettings) -> dict[str, list[Turn]]:
         }  # fmt: skip
         values |= {name: getattr(settings, name) for name in ("crop", "batch") if getattr(settings, name)}
         for number in range(settings.rounds):
-            for way, changes in chosen.items():
-                turns[way].append(_child(way, {**values, **changes, "out": f"{folder}/{number}"}))
+            for index, (way, changes) in enumerate(chosen.items()):
+                # A folder for each: what is there already would be gone on with.
+                turns[way].append(_child(way, {**values, **changes, "out": f"{folder}/{number}_{index}"}))
                 log.info("round %d, %s: %.3f samples per second", number + 1, way, turns[way][-1].rate)
     return turns
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from training import bench, config, train
@@ -35,6 +36,20 @@ def test_both_ways_are_measured(chain: Path, tmp_path: Path) -> None:
         assert turn.rate > 0
         assert turn.data_rate > 0
         assert turn.memory > 0
+
+
+def test_every_turn_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn in the folder of another would find a finished run, and no step to time."""
+    folders: list[object] = []
+
+    def child(way: str, values: dict[str, object]) -> bench.Turn:
+        folders.append(values["out"])
+        return bench.Turn(1.0, 2**30, 1.0)
+
+    monkeypatch.setattr(bench, "_child", child)
+    turns = bench.run(bench.BenchSettings(rounds=2))
+    assert set(turns) == {bench.PLAIN, *bench.WAYS}
+    assert len(set(folders)) == len(folders) == 2 * len(turns)
 
 
 def test_ratios_are_of_one_round() -> None:
