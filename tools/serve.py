@@ -1,6 +1,6 @@
 """Open the ComfyUI editor with the pack in it and leave it running.
 
-python -m tools.serve [--port=8188] [--listen=127.0.0.1] [ComfyUI options]
+python -m tools.serve [--port=8188] [--listen=127.0.0.1] [--comfyui=0.3.75] [ComfyUI options]
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make serve", description="Open the ComfyUI editor with the pack in it.")
     parser.add_argument("--port", type=int, default=8188)
     parser.add_argument("--listen", default=LOCALHOST)
+    parser.add_argument("--comfyui", choices=hosts.VERSIONS, help="test host to use (default: your own, or the newest)")
     options, more = parser.parse_known_args(arguments)
 
-    host = hosts.for_demo()
+    host = hosts.for_demo(options.comfyui)
     server = Server(host, ROOT / "out" / "editor", port=options.port, listen=options.listen)
     server.prepare()
     photograph = demo.sample_photograph(host.python, ROOT / "out")

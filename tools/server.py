@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import ROOT
-from .hosts import Host
+from .hosts import Host, must_run_on_cpu
 from .terminal import ProgressBar, ToolError, say
 from .websocket import WebSocket
 
@@ -243,21 +243,27 @@ class Server:
         if not settings.exists():
             settings.write_text(json.dumps(_QUIET_SETTINGS), encoding="utf-8")
 
+    def command(self, arguments: tuple[str, ...] = ()) -> list[str]:
+        """The command line that starts ComfyUI; `arguments` are ComfyUI's own options, and the last word is theirs."""
+        command = [str(self.host.python), "main.py", "--listen", self.listen, "--port", str(self.port)]
+        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += ["--disable-api-nodes", "--disable-auto-launch"]
+        if "--cpu" not in arguments and must_run_on_cpu(self.host):
+            command.append("--cpu")
+        if self.host.frontend is not None:
+            # On a CPU, torch's attention took less processor time than ComfyUI's own choice, most of all for handing
+            # out memory; a user's own ComfyUI chooses itself.
+            command.append("--use-pytorch-cross-attention")
+        return [*command, *arguments]
+
     def start(self, arguments: tuple[str, ...] = ()) -> float:
         """Start ComfyUI and wait until it answers. Returns the seconds it took."""
         with socket.socket() as probe:
             if probe.connect_ex((LOCALHOST, self.port)) == 0:
                 raise ToolError(f"port {self.port} is taken: stop what listens there, or choose another port")
         self.prepare()
-        command = [str(self.host.python), "main.py", "--listen", self.listen, "--port", str(self.port)]
-        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
-        command += ["--disable-api-nodes", "--disable-auto-launch", *arguments]
-        if self.host.frontend is not None:
-            # The environment of the tests; a user's own ComfyUI chooses device and attention itself. On a CPU, torch's
-            # attention took less processor time than ComfyUI's own choice, most of all for handing out memory.
-            command += ["--cpu", "--use-pytorch-cross-attention"]
+        command = self.command(arguments)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-        environment.pop("PYTHONPATH", None)
         if self.host.frontend is not None:
             environment["PYTHONPATH"] = str(self.host.frontend)
         started = time.monotonic()
