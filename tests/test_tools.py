@@ -202,6 +202,28 @@ def test_the_closing_line_of_pytest_is_counted(line, counts):
     assert test.count(line) == counts
 
 
+def _script(name: str, text: str) -> test.Job:
+    return test.Job(name, (sys.executable, "-c", text), {}, is_pytest=False)
+
+
+def test_parts_that_run_side_by_side_keep_their_lines_together(capfd):
+    runner = test.Runner(Path(sys.executable), ())
+    meet = "import time; print('{0} begins', flush=True); time.sleep(0.5); print('{0} ends'); raise SystemExit({1})"
+    runner.jobs = [_script("left", meet.format("left", 0)), _script("right", meet.format("right", 3))]
+    started = time.monotonic()
+    runner.run(2)
+    seconds = time.monotonic() - started
+    shown = capfd.readouterr().out
+    assert "left begins\nleft ends\n" in shown
+    assert "right begins\nright ends\n" in shown
+    assert [(outcome.name, outcome.passed, outcome.line) for outcome in runner.outcomes] == [
+        ("left", True, "left ends"),
+        ("right", False, "right ends"),
+    ]
+    assert sum(outcome.seconds for outcome in runner.outcomes) > seconds  # they did run side by side
+    assert runner.summary() == 1
+
+
 def test_demo_upscales_with_a_file_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CLEARSR_MODELS", "")
     prompt = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))

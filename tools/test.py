@@ -3,7 +3,8 @@
     python -m tools.test [part ...] [-- pytest options]
 
 Parts: ruff, types, core, host, editor; none named means all. `format` lets ruff lay out the code, only when named.
-A part that fails does not stop the next one.
+A part that fails does not stop the next one. Two processes run at a time where there are two cores, and each shows what
+it said when it ends; CLEARSR_TEST_JOBS=1 runs one after the other and shows lines as they come.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,24 +38,41 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def _stream(command: Sequence[str | Path], env: dict[str, str]) -> tuple[int, str]:
-    """Run a command, show its output as it comes, return status and the last line that says something."""
-    last = ""
-    with subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUTF8": "1", **env},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            last = line.strip() or last
-    return process.returncode, last
+@dataclass(frozen=True)
+class Job:
+    """One process to run: its name, its command, what it needs in its environment."""
+
+    name: str
+    command: tuple[str, ...]
+    env: dict[str, str]
+    is_pytest: bool
+
+    def run(self, live: bool) -> Outcome:
+        """Run to the end. Its lines are shown as they come (`live`), or all together at the end."""
+        heading = f"\n===== {self.name} " + "=" * (70 - len(self.name))
+        print(heading if live else f"started: {self.name}", flush=True)
+        started, lines = time.monotonic(), []
+        with subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUTF8": "1", **self.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as process:
+            for line in process.stdout or ():
+                lines.append(line)
+                if live:
+                    print(line, end="", flush=True)
+        if not live:
+            print("".join([f"{heading}\n", *lines]), end="", flush=True)
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        counts = count(last) if self.is_pytest else {}
+        summary = last.strip("= ") or f"exit status {process.returncode}"
+        return Outcome(self.name, process.returncode == 0, summary, time.monotonic() - started, counts)
 
 
 def count(line: str) -> dict[str, int]:
@@ -66,19 +85,20 @@ def count(line: str) -> dict[str, int]:
 
 
 class Runner:
-    """Runs parts in the test environment and collects how they went."""
+    """Collects what is to be run in the test environment, runs it, and says how it went."""
 
     def __init__(self, python: Path, pytest_options: Sequence[str]) -> None:
         self.python = python
         self.pytest_options = tuple(pytest_options)
+        self.jobs: list[Job] = []
         self.outcomes: list[Outcome] = []
 
     def command(self, name: str, *arguments: str | Path) -> None:
-        """Run a Python module that checks the whole tree."""
-        self._record(name, [self.python, "-m", *arguments], {}, is_pytest=False)
+        """Add a Python module that checks the whole tree."""
+        self.jobs.append(Job(name, (str(self.python), "-m", *map(str, arguments)), {}, is_pytest=False))
 
     def pytest(self, name: str, *paths: str, env: dict[str, str] | None = None) -> None:
-        """Run the tests in some folders as one process."""
+        """Add the tests in some folders as one process."""
         absent = [path for path in paths if not (ROOT / path).exists()]
         if absent:
             self.outcomes.append(Outcome(name, False, f"not there: {', '.join(absent)}", 0.0))
@@ -86,15 +106,14 @@ class Runner:
         options = ["-q", "-ra", "--durations=5", "--timeout=600", *self.pytest_options]
         # Tiny tensors: more threads than one only wait for each other.
         env = {"OMP_NUM_THREADS": "1", **(env or {})}
-        self._record(name, [self.python, "-m", "pytest", *options, *paths], env, is_pytest=True)
+        command = (str(self.python), "-m", "pytest", *options, *paths)
+        self.jobs.append(Job(name, command, env, is_pytest=True))
 
-    def _record(self, name: str, command: Sequence[str | Path], env: dict[str, str], *, is_pytest: bool) -> None:
-        print(f"\n===== {name} " + "=" * (70 - len(name)), flush=True)
-        started = time.monotonic()
-        status, last = _stream(command, env)
-        counts = count(last) if is_pytest else {}
-        line = last.strip("= ") or f"exit status {status}"
-        self.outcomes.append(Outcome(name, status == 0, line, time.monotonic() - started, counts))
+    def run(self, at_once: int) -> None:
+        """Run what has been added since the last call, `at_once` processes at a time, in the order of adding."""
+        jobs, self.jobs = self.jobs, []
+        with ThreadPoolExecutor(at_once) as pool:
+            self.outcomes += pool.map(lambda job: job.run(live=at_once == 1), jobs)
 
     def summary(self) -> int:
         """Print a line per part and the sum of all tests; return the exit status."""
@@ -130,24 +149,29 @@ def main(arguments: list[str]) -> int:
     available = [hosts.ensure(version, python) for version in needed]
     runner = Runner(python, pytest_options)
 
+    at_once = int(os.environ.get("CLEARSR_TEST_JOBS") or min(2, os.cpu_count() or 1))
+
     if "format" in parts:
         runner.command("ruff format", "ruff", "format", ".")
+        runner.run(1)
     if "ruff" in parts:
         runner.command("ruff", "ruff", "check", ".")
-    if "types" in parts:
-        runner.command("pyright", "pyright", "--pythonpath", python)
     if "core" in parts:
         runner.pytest("documents and layers", "tests/test_layering.py", "tests/test_docs.py", "tests/test_tools.py")
+        runner.pytest("training", "tests/training")  # by far the longest: the others run beside it
         runner.pytest("core", "tests/core")
         runner.pytest("parity", "tests/parity")
-        runner.pytest("training", "tests/training")
+    if "types" in parts:
+        runner.command("pyright", "pyright", "--pythonpath", python)
     if "host" in parts:
         for host in available:
             runner.pytest(f"host {host.version}", "tests/host", env=host_environment(host))
+    runner.run(min(at_once, max(1, len(runner.jobs))))
     if "editor" in parts:
         browser.ensure_playwright()
         # Nobody asked for fewer tests: a missing host is a failure here, not a skip.
         runner.pytest("workflows and editor", "tests/workflows", "tests/browser", env={"CLEARSR_REQUIRE_HOSTS": "1"})
+        runner.run(1)  # alone: a browser is watched while it waits
     status = runner.summary()
     say(f"all parts took {time.monotonic() - started:.0f} s")
     return status

@@ -37,14 +37,15 @@ SIZES: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, encoder checkpointed": {"checkpointing": "encoder"},
-    "ours, all checkpointed": {"checkpointing": "all"},
+    "ours, bfloat16": {"precision": "bfloat16"},
+    "ours, bfloat16, encoder checkpointed": {"precision": "bfloat16", "checkpointing": "encoder"},
+    "ours, bfloat16, all checkpointed": {"precision": "bfloat16", "checkpointing": "all"},
 }
 GPU_WAYS: dict[str, dict[str, Any]] = {
-    "ours, bfloat16": {"precision": "bfloat16", "degrade_on": "device"},
-    "ours, bfloat16, encoder checkpointed": {
-        "precision": "bfloat16", "degrade_on": "device", "checkpointing": "encoder"
+    "ours, bfloat16, degraded on the GPU": {"precision": "bfloat16", "degrade_on": "device"},
+    "ours, bfloat16, degraded on the GPU, compiled": {
+        "precision": "bfloat16", "degrade_on": "device", "compile": True
     },
-    "ours, bfloat16, compiled": {"precision": "bfloat16", "degrade_on": "device", "compile": True},
 }  # fmt: skip
 PLAIN = "plain loop"
 
