@@ -54,9 +54,8 @@ class ControlSettings:
 
     def alone(self, net: ClearSRControl) -> dict[str, tuple[float, float]]:
         """Return the strengths of DPM and SPM that leave one of them alone, by its name."""
-        each = {"DPM": (self.dpm_strength, 0.0), "SPM": (0.0, self.spm_strength)}
-        there = {"DPM": net.dpm is not None, "SPM": net.spm is not None}
-        return {name: strengths for name, strengths in each.items() if there[name] and any(strengths)}
+        each = {"DPM": (net.dpm, (self.dpm_strength, 0.0)), "SPM": (net.spm, (0.0, self.spm_strength))}
+        return {name: strengths for name, (part, strengths) in each.items() if part is not None and any(strengths)}
 
 
 @dataclass
@@ -159,7 +158,7 @@ def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings, file
                 bound.append({**cond, "model_conds": model_conds})
             guider.conds[name] = bound
         # The run's memory rides in this run's own copy of transformer_options and ends with it.
-        run = ControlRun(x_lr, sigmas, RunCheck(NODE, file))
+        run = ControlRun(x_lr, sigmas, RunCheck(NODE, file, inference_dtype(guider.inner_model)))
         extra_args["model_options"]["transformer_options"][RUN] = run
         start_tiling(tiling, extra_args["model_options"], guider, noise.shape, len(sigmas) - 1, run.cache.clear)
         samples = executor(guider, sigmas, extra_args, callback, noise, *rest)
@@ -229,8 +228,6 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
             options[PROMPT] = prompt
         base = executor.class_obj  # the host's BaseModel on this device
         dtype = inference_dtype(base)
-        if run is not None:
-            run.check.dtype = dtype
         if x_lr is None and run is not None:
             x_lr = run.lr_latent  # a conditioning that the guider made after the run had begun
         x_lr = _window(x_lr, x, options)
@@ -241,6 +238,7 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
             >= sigma
             >= sampling.percent_to_sigma(settings.end_percent)
         )
+        merged = control
         if x_lr is not None and in_range and not off:
             if x_lr.shape[-2:] != x.shape[-2:]:
                 raise ValueError(
@@ -281,10 +279,11 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
                 parts = settings.alone(net).items()
                 again = {name: functools.partial(compute, x_lr, x_t, *strengths) for name, strengths in parts}
                 run.check.control(residuals, again)
-            control = _merged(control, residuals, settings.level_weights)
-        denoised = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            merged = _merged(control, residuals, settings.level_weights)
+        denoised = executor(x, t, c_concat, c_crossattn, merged, options, **conds)
         if run is not None:
-            run.check.prediction(x, denoised)
+            uncontrolled = functools.partial(executor, x, t, c_concat, c_crossattn, control, options, **conds)
+            run.check.prediction(x, denoised, uncontrolled)
         return denoised
 
     return control

@@ -54,10 +54,9 @@ def encoder_error(node: str, file: str, dtype: torch.dtype) -> ValueError:
     return ValueError(f"{node}: the encoder of '{file}' made {_WHAT} in {name_of(dtype)} (stage: encode). {advice}")
 
 
-def check_result(node: str, samples: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a sampled latent that would decode to a black picture."""
-    if broken(samples):
-        raise ValueError(f"{node}: sampling ended in {_WHAT}, computed in {name_of(dtype)}. {unet_help(dtype)}")
+def sampling_error(node: str, dtype: torch.dtype) -> ValueError:
+    """Return the error for a sampled latent that would decode to a black picture."""
+    return ValueError(f"{node}: sampling ended in {_WHAT}, computed in {name_of(dtype)}. {unet_help(dtype)}")
 
 
 class RunCheck:
@@ -67,9 +66,8 @@ class RunCheck:
     after that only the result is looked at, when the run is over anyway.
     """
 
-    def __init__(self, node: str, file: str) -> None:
-        self.node, self.file = node, file
-        self.dtype = torch.float32  # of the last model call
+    def __init__(self, node: str, file: str, dtype: torch.dtype) -> None:
+        self.node, self.file, self.dtype = node, file, dtype
         self._control_seen = self._prediction_seen = False
 
     def control(self, residuals: ControlResiduals, alone: Mapping[str, Callable[[], ControlResiduals]]) -> None:
@@ -86,8 +84,14 @@ class RunCheck:
             wrong = [name for name, compute in alone.items() if broken(*flat(compute()))]
             raise self._error(" and ".join(wrong) or "the sum of DPM and SPM")
 
-    def prediction(self, x: Tensor, denoised: Tensor) -> None:
-        """Look at the first prediction of the run, made from the noisy latent `x`."""
+    def prediction(self, x: Tensor, denoised: Tensor, uncontrolled: Callable[[], Tensor]) -> None:
+        """Look at the first prediction of the run.
+
+        Args:
+            x: noisy latent that it was made from.
+            denoised: the prediction.
+            uncontrolled: makes it again without DPM and SPM; asked only where there is an error to name.
+        """
         if self._prediction_seen:
             return
         self._prediction_seen = True
@@ -98,7 +102,9 @@ class RunCheck:
                 f"{self.node}: the latent that is to be sampled holds {_WHAT} before the first step. The node that "
                 "made it is broken."
             )
-        raise self._error("the UNet")
+        if broken(uncontrolled()):
+            raise self._error("the UNet")
+        raise self._error("the UNet under the control of DPM and SPM, and not without it,")
 
     def result(self, samples: Tensor, last_control: Iterable[tuple[ControlResiduals, Tensor | None]]) -> None:
         """Look at the result of the run.

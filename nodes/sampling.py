@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..clearsr_core.lsa import LSAConfig
 from .compat import HostObject, inference_dtype, schema, widget
-from .finite import check_result
+from .finite import broken, sampling_error
 from .late_state import LateState, fingerprint
 from .lsa_patch import check_channels, lsa_config, patch_denoised, strength_inputs
 from .lsa_sampler import WITHOUT_STEPS, LSARun, LSASampler, Target, preserves_variance
@@ -301,7 +301,8 @@ class ClearSRLSAKSampler(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
-        check_result(NODE, samples, inference_dtype(model.model))
+        if broken(samples):
+            raise sampling_error(NODE, inference_dtype(model.model))
         return io.NodeOutput({**lr_latent, "samples": samples})
 
 

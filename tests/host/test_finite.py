@@ -77,6 +77,12 @@ def test_the_stage_is_named_and_the_next_run_works(healthy, stage, said) -> None
     assert torch.equal(healthy(), before)
 
 
+def test_a_control_that_is_huge_and_still_finite_is_named_by_what_it_does() -> None:
+    """Its numbers are numbers; the UNet's are none because of them."""
+    with pytest.raises(ValueError, match="the UNet under the control of DPM and SPM, and not without it, made values"):
+        pipeline(overflowing("SPM", 1e37))
+
+
 def test_other_samplers_and_tiles_are_told_too() -> None:
     loaded = overflowing("DPM")
     with pytest.raises(ValueError, match="Apply: DPM made values"):
@@ -169,4 +175,4 @@ def test_the_checks_wait_for_the_device_a_fixed_number_of_times(monkeypatch, con
     inner = finite.broken
     monkeypatch.setattr(finite, "broken", lambda *tensors: seen.append(1) or inner(*tensors))
     rig.run("ClearSRLSAKSampler", model=controlled, lr_latent=lr["latent"], steps=steps)
-    assert len(seen) == 4  # control, prediction, result of the run, result of the node
+    assert len(seen) == 3  # control, prediction, result
