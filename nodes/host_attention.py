@@ -12,7 +12,7 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
 
     With a bias (relative positions, masked padding) the kernel for small masked inputs is taken: flash attention
     falls back with a warning at every masked call, and sage attention of older hosts may ignore the mask. Logits and
-    softmax are float32 in every kernel.
+    softmax are float32 in every kernel, unless the user forbids that (--dont-upcast-attention).
 
     Args:
         q: (B, heads, L, D).
@@ -24,8 +24,13 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     """
     masked = bias is not None
     kernel = optimized_attention_for_device(q.device, mask=masked, small_input=masked)
-    # As in the UNet of SD 2: its logits leave the range of float16. Kernels that do so anyway do not read it.
-    precision = torch.float32
     return kernel(
-        q, k, v, heads=q.shape[1], mask=bias, attn_precision=precision, skip_reshape=True, skip_output_reshape=True
+        q,
+        k,
+        v,
+        heads=q.shape[1],
+        mask=bias,
+        attn_precision=torch.float32,  # as the host's own UNet for SD 2, whose logits leave the range of float16
+        skip_reshape=True,
+        skip_output_reshape=True,
     )

@@ -61,8 +61,8 @@ def find_file(name: str) -> Path | None:
     return shipped if shipped.is_file() and shipped.name == name else None
 
 
-def load_control(path: str, computed_in: torch.dtype = torch.float32, disable_dynamic: bool = False) -> ModelPatcher:
-    """Read DPM and SPM; also what the host calls to make copies for further devices."""
+def load_control(path: str, computed_in: torch.dtype, disable_dynamic: bool = False) -> ModelPatcher:
+    """Read DPM and SPM again: what the host calls to make copies for further devices."""
     return _control_patcher(checkpoints.read(Path(path)), path, computed_in, disable_dynamic)
 
 
