@@ -9,6 +9,7 @@ import logging
 from typing import Any, TypeAlias
 
 import comfy.model_management
+import torch
 from comfy_api.latest import io
 
 log = logging.getLogger("clearsr")
@@ -48,6 +49,11 @@ def out_of_memory(error: BaseException) -> bool:
     # Processors and Apple's devices raise a RuntimeError that only its text tells apart.
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def inference_dtype(base: HostObject) -> torch.dtype:
+    """Return the dtype that the host computes a model in (its BaseModel), which need not be that of its weights."""
+    return base.manual_cast_dtype or base.get_dtype()
 
 
 def notice(node: type[io.ComfyNode], text: str, level: int = logging.WARNING) -> None:

@@ -14,6 +14,7 @@ from ..clearsr_core import tiles
 from ..clearsr_core.clip_features import projected_tokens
 from .compat import HostObject, notice, schema, widget
 from .control_hooks import ControlSettings, attach_control
+from .finite import VAE_HELP, broken
 from .model_checks import check_model, other_base
 from .sockets import KEY, ClearSRSocket
 from .tiled_diffusion import AUTOMATIC_SIDE, NODE, PIXELS, TilingSettings
@@ -252,6 +253,11 @@ class ClearSRControlApply(io.ComfyNode):
                 f"{NODE}: lr_latent has the shape {tuple(samples.shape)}; connect the LR_LATENT of LR Latent Encode "
                 f"({clearsr.config.control.latent_channels} channels)."
             )
+        if broken(samples):
+            raise ValueError(
+                f"{NODE}: lr_latent contains values that are not numbers (NaN or infinite). The node that made it is "
+                f"broken or ran out of precision (stage: encode; if that is a VAE Encode, {VAE_HELP})."
+            )
         if start_percent > end_percent:
             raise ValueError(
                 f"{NODE}: start_percent {start_percent} lies after end_percent {end_percent}; the control would never "
@@ -260,6 +266,11 @@ class ClearSRControlApply(io.ComfyNode):
         prompt, fallback = decoder_prompt(clearsr, clip_vision_output, lr_latent.get(KEY))
         if fallback is not None:
             notice(cls, fallback)
+        if broken(prompt):
+            raise ValueError(
+                f"{NODE}: the image prompt contains values that are not numbers (NaN or infinite). The CLIP vision "
+                "model ran out of precision or its file is damaged: load it anew, or disconnect clip_vision_output."
+            )
         if prompt is not None and prompt.shape[0] not in (1, samples.shape[0]):
             raise ValueError(
                 f"{NODE}: the image prompt was made from {prompt.shape[0]} pictures, x_lr from {samples.shape[0]}. "

@@ -11,6 +11,7 @@ Closures, because ComfyUI 0.3.75 deep-copies objects in model_options at every c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .compat import HostObject
+from .compat import HostObject, inference_dtype
+from .finite import RunCheck
 from .sockets import KEY
 from .tiled_diffusion import CONTROL_SHARE, NODE, PLAN, TILE, TilingSettings, start_tiling
 
@@ -50,6 +52,11 @@ class ControlSettings:
     level_weights: tuple[float, ...] = (1.0,) * 13  # 12 skips from fine to coarse, then the middle
     tiling: TilingSettings = field(default_factory=TilingSettings)
 
+    def alone(self, net: ClearSRControl) -> dict[str, tuple[float, float]]:
+        """Return the strengths of DPM and SPM that leave one of them alone, by its name."""
+        each = {"DPM": (net.dpm, (self.dpm_strength, 0.0)), "SPM": (net.spm, (0.0, self.spm_strength))}
+        return {name: strengths for name, (part, strengths) in each.items() if part is not None and any(strengths)}
+
 
 @dataclass
 class ControlRun:
@@ -57,11 +64,16 @@ class ControlRun:
 
     lr_latent: Tensor  # (B, 4, h, w) model units, on the sampling device
     sigmas: Tensor  # the run's schedule
+    check: RunCheck
     cache: dict[tuple[Tile, ...] | None, list[CachedControl]] = field(default_factory=dict)  # by our own tiles
 
     def step(self, sigma: float) -> int:
         """Return the step of the schedule that a model call at `sigma` belongs to."""
         return max(0, int((self.sigmas >= sigma * (1.0 - 1e-5)).sum()) - 1)
+
+    def last_control(self) -> list[tuple[ControlResiduals, Tensor | None]]:
+        """Return the residuals that are still remembered, each with its x_t."""
+        return [(entry.residuals, entry.x_t) for entries in self.cache.values() for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ def attach_control(
         clone.remove_wrappers_with_key(kind, KEY)
     _remove_attn2_patch(clone)
     clone.set_additional_models(KEY, [bundle.control])
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _bind(lr_latent, prompt, settings.tiling))
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _bind(lr_latent, prompt, settings.tiling, bundle.name))
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _control(bundle, settings))
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _reserve_memory(settings.tiling))
     if prompt is not None:
@@ -120,7 +132,7 @@ def _decoder_reads_prompt(query: Tensor, context: Tensor, value: Tensor | None, 
     return query, prompt, prompt
 
 
-def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings) -> Callable[..., Tensor]:
+def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings, file: str) -> Callable[..., Tensor]:
     """Make the wrapper around a whole run (host: SAMPLER_SAMPLE)."""
 
     def bind(
@@ -146,10 +158,12 @@ def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings) -> C
                 bound.append({**cond, "model_conds": model_conds})
             guider.conds[name] = bound
         # The run's memory rides in this run's own copy of transformer_options and ends with it.
-        run = ControlRun(x_lr, sigmas)
+        run = ControlRun(x_lr, sigmas, RunCheck(NODE, file, inference_dtype(guider.inner_model)))
         extra_args["model_options"]["transformer_options"][RUN] = run
         start_tiling(tiling, extra_args["model_options"], guider, noise.shape, len(sigmas) - 1, run.cache.clear)
-        return executor(guider, sigmas, extra_args, callback, noise, *rest)
+        samples = executor(guider, sigmas, extra_args, callback, noise, *rest)
+        run.check.result(samples, run.last_control())
+        return samples
 
     return bind
 
@@ -213,6 +227,7 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
         if prompt is not None:
             options[PROMPT] = prompt
         base = executor.class_obj  # the host's BaseModel on this device
+        dtype = inference_dtype(base)
         if x_lr is None and run is not None:
             x_lr = run.lr_latent  # a conditioning that the guider made after the run had begun
         x_lr = _window(x_lr, x, options)
@@ -223,6 +238,7 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
             >= sigma
             >= sampling.percent_to_sigma(settings.end_percent)
         )
+        merged = control
         if x_lr is not None and in_range and not off:
             if x_lr.shape[-2:] != x.shape[-2:]:
                 raise ValueError(
@@ -230,7 +246,6 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
                     f"{tuple(x_lr.shape[-2:])}. That node cannot be used together with ClearSR."
                 )
             net: ClearSRControl = base.current_patcher.get_additional_models_with_key(KEY)[0].model
-            dtype = base.manual_cast_dtype or base.get_dtype()
             x_lr = comfy.utils.repeat_to_batch_size(x_lr.to(x.device), x.shape[0])
             x_t = sampling.calculate_input(t, x) if sees_x_t else None
             moment: tuple[int | float, ...] = ()
@@ -238,15 +253,20 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
                 # Reuse over several steps goes by the step; otherwise only calls at the very same sigma share.
                 moment = (sigma,) if settings.every == 1 or run is None else (run.step(sigma) // settings.every,)
 
-            def compute(x_lr: Tensor, x_t: Tensor | None) -> ControlResiduals:
+            def compute(
+                x_lr: Tensor,
+                x_t: Tensor | None,
+                dpm_strength: float = settings.dpm_strength,
+                spm_strength: float = settings.spm_strength,
+            ) -> ControlResiduals:
                 timestep = sampling.timestep(t[: x_lr.shape[0]]).float()
                 return net(
                     x_lr.to(dtype),
                     timestep,
                     null_text.to(x.device, dtype),
                     None if x_t is None else x_t.to(dtype),
-                    dpm_strength=settings.dpm_strength,
-                    spm_strength=settings.spm_strength,
+                    dpm_strength=dpm_strength,
+                    spm_strength=spm_strength,
                 )
 
             reuse_x_t = x_t if settings.every == 1 else None  # between the computed steps x_t has moved on
@@ -255,8 +275,16 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
             residuals = _shared(cache, moment, x_lr, x_t, reuse_x_t, len(options.get("cond_or_uncond", [0])), compute)
             if cache is not None and tiles is not None and keep:
                 _move(cache, comfy.model_management.unet_offload_device())
-            control = _merged(control, residuals, settings.level_weights)
-        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            if run is not None:
+                parts = settings.alone(net).items()
+                again = {name: functools.partial(compute, x_lr, x_t, *strengths) for name, strengths in parts}
+                run.check.control(residuals, again)
+            merged = _merged(control, residuals, settings.level_weights)
+        denoised = executor(x, t, c_concat, c_crossattn, merged, options, **conds)
+        if run is not None:
+            uncontrolled = functools.partial(executor, x, t, c_concat, c_crossattn, control, options, **conds)
+            run.check.prediction(x, denoised, uncontrolled)
+        return denoised
 
     return control
 

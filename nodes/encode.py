@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import comfy.model_management
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from . import pictures
 from .compat import notice, out_of_memory, schema, widget
+from .finite import broken, encoder_error
 from .sockets import KEY, ClearSRSocket, LREntry
 
 if TYPE_CHECKING:
@@ -167,9 +167,6 @@ class ClearSRLREncode(io.ComfyNode):
             "content_size": content,
             "padded_size": (padded.shape[1], padded.shape[2]),
         }
-        if not torch.isfinite(samples).all():
-            raise ValueError(
-                f"{NODE}: the encoder of '{clearsr.name}' made values that are not numbers. Half precision may be too "
-                "coarse for this VAE: start ComfyUI with --fp32-vae."
-            )
+        if broken(samples, entry["anchor"]):
+            raise encoder_error(NODE, clearsr.name, clearsr.lr_encoder.vae_dtype)
         return io.NodeOutput({"samples": samples, KEY: entry}, enlarged)

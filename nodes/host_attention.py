@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from comfy.ldm.modules.attention import optimized_attention_for_device
 from torch import Tensor
 
@@ -10,7 +11,8 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     """Attend with the kernel that the host chose for this device.
 
     With a bias (relative positions, masked padding) the kernel for small masked inputs is taken: flash attention
-    falls back with a warning at every masked call, and sage attention of older hosts may ignore the mask.
+    falls back with a warning at every masked call, and sage attention of older hosts may ignore the mask. Logits and
+    softmax are float32 in every kernel, unless the user forbids that (--dont-upcast-attention).
 
     Args:
         q: (B, heads, L, D).
@@ -22,4 +24,13 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     """
     masked = bias is not None
     kernel = optimized_attention_for_device(q.device, mask=masked, small_input=masked)
-    return kernel(q, k, v, heads=q.shape[1], mask=bias, skip_reshape=True, skip_output_reshape=True)
+    return kernel(
+        q,
+        k,
+        v,
+        heads=q.shape[1],
+        mask=bias,
+        attn_precision=torch.float32,  # as the host's own UNet for SD 2, whose logits leave the range of float16
+        skip_reshape=True,
+        skip_output_reshape=True,
+    )

@@ -19,12 +19,13 @@ from ..clearsr_core import checkpoint as checkpoints
 from ..clearsr_core import key_maps
 from ..clearsr_core.control import ClearSRControl
 from ..clearsr_core.image_encoder import ImagePromptEncoder
-from .compat import notice, schema, widget
+from .compat import inference_dtype, notice, schema, widget
 from .host_attention import host_attention
 from .lora import add_lora, add_vae_lora
 from .model_checks import BASE_HELP, check_model, check_vae, other_base
 from .self_contained import build_model, build_vae, is_dynamic, patcher_class
 from .sockets import KEY, ClearSRBundle, ClearSRSocket
+from .vae_precision import float32_vae
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 FOLDER = "clearsr"
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 NODE = "ClearSR Loader"
+PRECISIONS = ("as the VAE", "float32")
 
 
 def register_model_folder() -> None:
@@ -59,9 +61,9 @@ def find_file(name: str) -> Path | None:
     return shipped if shipped.is_file() and shipped.name == name else None
 
 
-def load_control(path: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """Read DPM and SPM; also what the host calls to make copies for further devices."""
-    return _control_patcher(checkpoints.read(Path(path)), path, disable_dynamic)
+def load_control(path: str, computed_in: torch.dtype, disable_dynamic: bool = False) -> ModelPatcher:
+    """Read DPM and SPM again: what the host calls to make copies for further devices."""
+    return _control_patcher(checkpoints.read(Path(path)), path, computed_in, disable_dynamic)
 
 
 def load_base_model(path: str, disable_dynamic: bool = False) -> ModelPatcher:
@@ -75,8 +77,20 @@ def load_image_encoder(path: str, disable_dynamic: bool = False) -> ModelPatcher
     return _image_encoder_patcher(checkpoints.read(Path(path)), path, disable_dynamic)
 
 
-def _control_patcher(file: checkpoints.Checkpoint, path: str, disable_dynamic: bool = False) -> ModelPatcher:
+def _control_patcher(
+    file: checkpoints.Checkpoint, path: str, computed_in: torch.dtype, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """Build DPM and SPM.
+
+    `computed_in` is the dtype that the UNet computes in, and DPM and SPM with it. Weights that the file holds wider are
+    kept in it: casting them at each step would give the same numbers, take time and hold twice the memory.
+    """
     weights = {f"{part}.{name}": value for part in ("dpm", "spm") for name, value in file.tensors.get(part, {}).items()}
+    size = comfy.model_management.dtype_size
+    weights = {
+        name: value.to(computed_in) if size(value.dtype) > size(computed_in) else value
+        for name, value in weights.items()
+    }
     net = ClearSRControl(
         file.config.control,
         ops=comfy.ops.manual_cast,
@@ -84,7 +98,7 @@ def _control_patcher(file: checkpoints.Checkpoint, path: str, disable_dynamic: b
         dtype=comfy.utils.weight_dtype(weights),
         device=comfy.model_management.unet_offload_device(),
     )
-    return _patcher(net, weights, load_control, path, disable_dynamic)
+    return _patcher(net, weights, load_control, (path, computed_in), disable_dynamic)
 
 
 def _image_encoder_patcher(file: checkpoints.Checkpoint, path: str, disable_dynamic: bool = False) -> ModelPatcher:
@@ -96,14 +110,14 @@ def _image_encoder_patcher(file: checkpoints.Checkpoint, path: str, disable_dyna
         dtype=comfy.utils.weight_dtype(weights),
         device=comfy.model_management.unet_offload_device(),
     )
-    return _patcher(net, weights, load_image_encoder, path, disable_dynamic)
+    return _patcher(net, weights, load_image_encoder, (path,), disable_dynamic)
 
 
 def _patcher(
     net: torch.nn.Module,
     weights: dict[str, Tensor],
     factory: Callable[..., ModelPatcher],
-    path: str,
+    arguments: tuple,
     disable_dynamic: bool,
 ) -> ModelPatcher:
     """Put a network of ours under the host's model management."""
@@ -114,7 +128,7 @@ def _patcher(
     )
     net.load_state_dict(weights, strict=True, assign=is_dynamic(patcher))
     net.eval().requires_grad_(False)
-    patcher.cached_patcher_init = (factory, (path,))
+    patcher.cached_patcher_init = (factory, arguments)
     return patcher
 
 
@@ -188,6 +202,16 @@ class ClearSRLoader(io.ComfyNode):
                     optional=True,
                     tooltip="The VAE of Stable Diffusion 2.1-base. Needed unless the file brings its own.",
                 ),
+                widget(
+                    io.Combo,
+                    "encoder_precision",
+                    options=list(PRECISIONS),
+                    default="as the VAE",
+                    optional=True,
+                    advanced=True,
+                    tooltip="In which precision LR Latent Encode makes x_lr. On graphics cards ComfyUI mostly runs the "
+                    "VAE in bfloat16; float32 is exact as in training, and takes 0.3 GB of memory for a second VAE.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The base model with the decoder LoRA."),
@@ -219,6 +243,7 @@ class ClearSRLoader(io.ComfyNode):
         encoder_lora_strength: float = 1.0,
         model: ModelPatcher | None = None,
         vae: VAE | None = None,
+        encoder_precision: str = "as the VAE",
     ) -> io.NodeOutput:
         path = find_file(checkpoint)
         if path is None:
@@ -243,8 +268,9 @@ class ClearSRLoader(io.ComfyNode):
         adapted = add_lora(model, file.tensors.get("unet_lora", {}), unet_map, lora_strength, checkpoint)
         null_text = file.tensors["null_text"][""].float()
         adapted.set_attachments(KEY, {"null_text": null_text})
+        source = float32_vae(vae) if encoder_precision == "float32" else vae
         lr_encoder = add_vae_lora(
-            vae,
+            source,
             file.tensors.get("vae_lora", {}),
             key_maps.vae_lora_map(config.networks),
             encoder_lora_strength,
@@ -253,8 +279,8 @@ class ClearSRLoader(io.ComfyNode):
         bundle = ClearSRBundle(
             name=checkpoint,
             config=config,
-            control=_control_patcher(file, str(path)),
-            vae=vae,
+            control=_control_patcher(file, str(path), inference_dtype(adapted.model)),
+            vae=source,
             lr_encoder=lr_encoder,
             null_text=null_text,
             image_encoder=_image_encoder_patcher(file, str(path)) if config.image_encoder else None,

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .finite import VAE_HELP
+
 Resize = Literal["bicubic", "bilinear", "area", "nearest-exact"]
 
 PADDING = 64  # pixels: 8 latent pixels, the side of one window at every level
@@ -37,7 +39,7 @@ def usable_image(node: str, socket: str, image: Tensor) -> tuple[Tensor, list[st
         count = int((~image.isfinite()).sum())
         raise ValueError(
             f"{node}: {socket} contains {count} values that are not numbers (NaN or infinite). The node before it is "
-            "broken or ran out of precision; if that is a VAE Decode, try fp32 (--fp32-vae)."
+            f"broken or ran out of precision (stage: decode, where that is a VAE Decode: then {VAE_HELP})."
         )
     low, high = float(image.min()), float(image.max())
     if low < 0.0 or high > 1.0:

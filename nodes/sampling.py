@@ -14,7 +14,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..clearsr_core.lsa import LSAConfig
-from .compat import HostObject, schema, widget
+from .compat import HostObject, inference_dtype, schema, widget
+from .finite import broken, sampling_error
 from .late_state import LateState, fingerprint
 from .lsa_patch import check_channels, lsa_config, patch_denoised, strength_inputs
 from .lsa_sampler import WITHOUT_STEPS, LSARun, LSASampler, Target, preserves_variance
@@ -300,6 +301,8 @@ class ClearSRLSAKSampler(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
+        if broken(samples):
+            raise sampling_error(NODE, inference_dtype(model.model))
         return io.NodeOutput({**lr_latent, "samples": samples})
 
 

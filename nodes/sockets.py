@@ -39,7 +39,7 @@ class ClearSRBundle:
     name: str  # of the file, for messages
     config: ClearSRConfig
     control: ModelPatcher  # DPM + SPM
-    vae: VAE  # E and D: plain, for decoding
+    vae: VAE  # E: plain, in the precision that x_lr is made in
     lr_encoder: VAE  # E' = E + LoRA; shares the weights of `vae`
     null_text: Tensor  # (tokens, context width): the empty prompt
     image_encoder: ModelPatcher | None  # of self-contained files

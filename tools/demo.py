@@ -65,12 +65,13 @@ def choose_checkpoint(prompt: Prompt, checkpoint: Path) -> None:
     only_node(prompt, "ClearSRLoader")[1]["checkpoint"] = checkpoint.name
 
 
-def _pictures(python: Path, *arguments: object) -> None:
-    """Do picture work in a Python that has Pillow."""
+def picture_work(python: Path, *arguments: object) -> str:
+    """Do picture work in a Python that has Pillow (tools/pictures.py); return what it printed."""
     command = [str(python), str(ROOT / "tools" / "pictures.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise ToolError(f"{arguments[1]}: {(done.stderr.strip().splitlines() or ['unreadable'])[-1]}")
+    return done.stdout
 
 
 def main(arguments: list[str]) -> int:
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     photograph = options.image or sample_photograph(host.python, out)
     small, result = out / "input.png", out / "result.png"
-    _pictures(host.python, "shrink", photograph, small, options.size)
+    picture_work(host.python, "shrink", photograph, small, options.size)
     prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     if options.checkpoint is not None:
         choose_checkpoint(prompt, options.checkpoint)
@@ -111,10 +112,10 @@ def main(arguments: list[str]) -> int:
         picture = run.outputs[only_node(prompt, "SaveImage")[0]]["images"][0]
         server.client.download(picture, result)
     upscaled, pair = out / "upscaled.png", out / "side_by_side.png"
-    _pictures(host.python, "side_by_side", small, result, upscaled, pair)
+    picture_work(host.python, "side_by_side", small, result, upscaled, pair)
     if options.publish:
-        _pictures(host.python, "thumbnail", upscaled, result, ROOT / "workflows" / "clearsr_x4.jpg")
-        _pictures(host.python, "compress", pair, ROOT / "docs" / "images" / "before_after.jpg")
+        picture_work(host.python, "thumbnail", upscaled, result, ROOT / "workflows" / "clearsr_x4.jpg")
+        picture_work(host.python, "compress", pair, ROOT / "docs" / "images" / "before_after.jpg")
 
     say(f"preparing {prepared - started:.0f} s, starting {ready - prepared:.0f} s, upscaling {run.seconds:.1f} s")
     for name, path in (("input", small), ("result", result), ("bicubic", upscaled), ("side by side", pair)):

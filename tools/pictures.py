@@ -4,14 +4,16 @@ python tools/pictures.py shrink PHOTOGRAPH TARGET LONG_SIDE
 python tools/pictures.py side_by_side INPUT RESULT UPSCALED_TARGET PAIR_TARGET
 python tools/pictures.py thumbnail UPSCALED RESULT TARGET
 python tools/pictures.py compress PICTURE TARGET
+python tools/pictures.py describe PICTURE
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat
 
 _GAP = 8
 _CAPTION_HEIGHT = 34
@@ -61,6 +63,13 @@ def compress(picture: Path, target: Path) -> None:
     Image.open(picture).convert("RGB").save(target, quality=92)
 
 
+def describe(picture: Path) -> None:
+    """Print a picture's width, height, and mean and standard deviation of its channels (0 to 255) as JSON."""
+    image = Image.open(picture).convert("RGB")
+    statistics = ImageStat.Stat(image)
+    print(json.dumps({"size": image.size, "mean": statistics.mean, "spread": statistics.stddev}))
+
+
 if __name__ == "__main__":
     action, *arguments = sys.argv[1:]
     if action == "shrink":
@@ -69,5 +78,7 @@ if __name__ == "__main__":
         side_by_side(*map(Path, arguments))
     elif action == "compress":
         compress(*map(Path, arguments))
+    elif action == "describe":
+        describe(*map(Path, arguments))
     else:
         thumbnail(*map(Path, arguments))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -214,10 +215,15 @@ class _Reporter:
 
 
 class Server:
-    """One ComfyUI process. `base` keeps its private folders; the log is `base/comfyui.log`."""
+    """One ComfyUI process. `base` keeps its private folders; the log is `base/comfyui.log`.
 
-    def __init__(self, host: Host, base: Path, *, port: int | None = None, listen: str = LOCALHOST) -> None:
-        self.host, self.base, self.listen = host, base, listen
+    `models`: a folder laid out like ComfyUI/models, which is all that this ComfyUI has beside the pack.
+    """
+
+    def __init__(
+        self, host: Host, base: Path, *, port: int | None = None, listen: str = LOCALHOST, models: Path | None = None
+    ) -> None:
+        self.host, self.base, self.listen, self.models = host, base, listen, models
         self.port = port or free_port()
         self.client = Client(self.port)
         self.log = base / "comfyui.log"
@@ -235,6 +241,10 @@ class Server:
         for folder in ("custom_nodes", "input", "output", "temp", "user/default"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         link_folder(ROOT, self.base / "custom_nodes" / PACK_FOLDER)
+        for folder in self.models.iterdir() if self.models is not None else ():
+            if folder.is_dir():
+                (self.base / "models").mkdir(exist_ok=True)
+                link_folder(folder.resolve(), self.base / "models" / folder.name)
         own_checkpoints = os.environ.get("CLEARSR_MODELS")  # a folder of ClearSR files beside the shipped one
         if own_checkpoints:
             (self.base / "models").mkdir(exist_ok=True)
@@ -288,6 +298,17 @@ class Server:
             time.sleep(0.25)
         raise ToolError(f"ComfyUI {self.host.version} was not ready after {START_SECONDS} s:\n{self.log_tail()}")
 
+    def peak_memory(self) -> int | None:
+        """Return the most memory that the process has held so far, in bytes (Linux: VmHWM); None where nobody says."""
+        if self._process is None:
+            return None
+        try:
+            status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return None
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+        return int(found.group(1)) * 1024 if found else None
+
     def log_tail(self, lines: int = 30) -> str:
         """Return the end of the server's log."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
@@ -311,19 +332,24 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(host: Host, base: Path) -> Iterator[Server]:
-    """Start a ComfyUI in an empty base directory, hand it over, stop it."""
+def running(host: Host, base: Path, arguments: tuple[str, ...] = (), *, models: Path | None = None) -> Iterator[Server]:
+    """Start a ComfyUI in an empty base directory, hand it over, stop it; arguments as of `Server`."""
     if base.exists():
         remove_links(base)
         shutil.rmtree(base)
-    with Server(host, base) as server:
+    server = Server(host, base, models=models)
+    try:
+        server.start(arguments)
         yield server
+    finally:
+        server.stop()
 
 
 def remove_links(base: Path) -> None:
     """Take the links out of a base directory before the directory is deleted: the links, never what they show."""
-    for link in (base / "custom_nodes" / PACK_FOLDER, base / "models" / "clearsr"):
+    for link in (base / "custom_nodes" / PACK_FOLDER, *(base / "models").glob("*")):
         if link.is_symlink():
             link.unlink()
-        elif link.exists():
-            os.rmdir(link)  # a Windows junction: rmdir removes the junction alone
+        elif link.is_dir():
+            with contextlib.suppress(OSError):  # a folder of its own, which may go with the base directory
+                os.rmdir(link)  # a Windows junction: rmdir removes the junction alone

@@ -19,7 +19,7 @@ HELP = "Please give the checkpoint of Stable Diffusion 2.1-base (512 px), usuall
 _CROSS_ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 # v-prediction has the same names and shapes. The spread of this bias is what hosts guess it by: above 0.09 in SD 2.x
 # models of 768 px, far below in those of 512 px.
-_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_PREDICTION_SPREAD = 0.09
 
 
@@ -59,7 +59,7 @@ def read_single_file(
             )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}). Please download or copy it again.") from error
-    refuse_v_prediction(path, unet.get(_SPREAD), networks.unet_widths)
+    refuse_v_prediction(path, unet.get(SPREAD), networks.unet_widths)
     return unet_from_host(unet, control), vae_from_host(vae, networks), text
 
 

@@ -1,0 +1,171 @@
+"""Run the shipped SD 2.1 workflow at full size in a real ComfyUI, and say what each node took.
+
+    python -m tools.full_size [--comfyui=0.3.75] [--size=128] [--steps=2] [--models=FOLDER] [ComfyUI's own options]
+
+Uses models of random numbers, made once (`python -m training.full_size`), so it shows that everything fits together,
+how long it takes and how much memory it needs; the picture means nothing. Options that this command does not know go
+to ComfyUI: `--bf16-unet`, `--fp16-vae`, ... The result must have exactly four times the input's size and not be flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import environment, hosts
+from .demo import only_node, picture_work
+from .environment import ROOT
+from .hosts import Host
+from .server import Prompt, Run, Server, running
+from .terminal import ToolError, run_command, say
+
+WORKFLOW = ROOT / "workflows" / "api" / "clearsr_x4_sd21.json"
+PICTURE = ROOT / "workflows" / "clearsr_x4.jpg"
+OUT = ROOT / "out" / "full_size"
+MODELS = OUT / "models"
+SCALE = 4
+FLAT = 2.0  # standard deviation of a channel, of 255, below which a picture shows nothing
+# What ComfyUI and the pack say about precision, memory and models that are not what a file was made for.
+_TELLING = re.compile(
+    r"weight dtype|VAE load device|clearsr|ClearSR|LR Latent Encode|Control Apply|invalid value|Error"
+)
+
+
+@dataclass
+class Report:
+    """What one run showed."""
+
+    comfyui: str
+    options: str
+    result: tuple[int, int]  # pixels
+    steps: int
+    seconds: float
+    nodes: dict[str, float]  # title -> seconds
+    step_seconds: float | None  # between the first and the last step; None for a single one
+    peak_gib: float | None
+
+
+def ensure_models(folder: Path, python: Path) -> None:
+    """Make the three files where they are not there yet."""
+    prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    wanted = {
+        "base": folder / "checkpoints" / only_node(prompt, "CheckpointLoaderSimple")[1]["ckpt_name"],
+        "clearsr": folder / "clearsr" / only_node(prompt, "ClearSRLoader")[1]["checkpoint"],
+        "clip_vision": folder / "clip_vision" / only_node(prompt, "CLIPVisionLoader")[1]["clip_name"],
+    }
+    missing = [part for part, path in wanted.items() if not path.is_file()]
+    if not missing:
+        return
+    say(f"making models of random numbers in {folder}: {', '.join(missing)}")
+    command = [str(python), "-m", "training.full_size", f"--out={folder}", f"--parts={','.join(missing)}"]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ToolError("no models to run with; the reason stands above")
+
+
+def node_seconds(run: Run, prompt: Prompt) -> dict[str, float]:
+    """Return how long each node ran, by its title, from the server's own events."""
+    started = [(moment, data.get("node")) for moment, kind, data in run.events if kind == "executing"]
+    ends = [moment for moment, _ in started[1:]] + [run.seconds]
+    seconds: dict[str, float] = {}
+    for (moment, node), end in zip(started, ends, strict=True):
+        if node is not None:
+            title = prompt[node]["_meta"]["title"]
+            seconds[title] = seconds.get(title, 0.0) + end - moment
+    return seconds
+
+
+def step_seconds(run: Run, sampler: str) -> float | None:
+    """Return the mean time of a step after the first, which also loads the models."""
+    moments = [
+        moment
+        for moment, kind, data in run.events
+        if kind == "progress" and data.get("node") == sampler and float(data["value"]).is_integer() and data["value"]
+    ]
+    return (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else None
+
+
+def check_picture(described: dict[str, Any], small: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of the result, or say what is wrong with the picture."""
+    wanted = (SCALE * small[0], SCALE * small[1])
+    if tuple(described["size"]) != wanted:
+        raise ToolError(f"the result has {described['size']} pixels, not {wanted}")
+    if max(described["spread"]) < FLAT:
+        raise ToolError(f"the result shows nothing: channel means {described['mean']}, spreads {described['spread']}")
+    return wanted
+
+
+def measure(host: Host, server: Server, small: Path, steps: int, options: tuple[str, ...]) -> Report:
+    """Run the workflow on a live server and check its picture."""
+    prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    only_node(prompt, "LoadImage")[1]["image"] = server.client.upload(small, "clearsr_full_size.png")
+    sampler, settings = only_node(prompt, "ClearSRLSAKSampler")
+    settings["steps"] = steps
+    run = server.client.run(prompt, show=True)
+    picture = run.outputs[only_node(prompt, "SaveImage")[0]]["images"][0]
+    result = server.client.download(picture, server.base.parent / f"result_{host.name}.png")
+    size = json.loads(picture_work(host.python, "describe", small))["size"]
+    peak = server.peak_memory()
+    return Report(
+        host.version,
+        " ".join(options),
+        check_picture(json.loads(picture_work(host.python, "describe", result)), size),
+        steps,
+        run.seconds,
+        node_seconds(run, prompt),
+        step_seconds(run, sampler),
+        None if peak is None else peak / 2**30,
+    )
+
+
+def tell(report: Report, log: str) -> None:
+    """Print the report, what the log says about it, and its row of the table in docs/FULL_SIZE.md."""
+    for line in log.splitlines():
+        if _TELLING.search(line):
+            print(f"  log: {line.strip()[:160]}")
+    parts = [f"{report.nodes.get(title, 0.0):.0f}" for title in ("LR Latent Encode", "LSA KSampler", "VAE Decode")]
+    step = "-" if report.step_seconds is None else f"{report.step_seconds:.1f}"
+    peak = "-" if report.peak_gib is None else f"{report.peak_gib:.1f}"
+    width, height = report.result
+    say(f"ComfyUI {report.comfyui}: {width} x {height} pixels, {report.steps} steps, {report.seconds:.0f} s")
+    cells = [report.comfyui, report.options or "-", *parts, step, f"{report.seconds:.0f}", peak]
+    print("| ComfyUI | options | encode s | sample s | decode s | s per step | all s | peak GiB |")
+    print(f"| {' | '.join(cells)} |")
+
+
+def main(arguments: list[str]) -> int:
+    """Make what is missing, run, check, report."""
+    parser = argparse.ArgumentParser(prog="python -m tools.full_size", description="Run SD 2.1 + ClearSR at full size.")
+    parser.add_argument("--comfyui", choices=hosts.VERSIONS, help="test host to use (default: your own, or the newest)")
+    parser.add_argument("--image", type=Path, default=PICTURE, help="picture to enlarge (default: a shipped one)")
+    parser.add_argument("--size", type=int, default=128, help="long side of the input, in pixels (default 128)")
+    parser.add_argument("--steps", type=int, default=2, help="sampling steps (default 2)")
+    parser.add_argument("--models", type=Path, default=MODELS, help="a folder like ComfyUI/models (default out/...)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for pictures and log")
+    options, more = parser.parse_known_args(arguments)
+    if not options.image.is_file():
+        raise ToolError(f"--image={options.image}: no such file")
+    if options.size < 8 or options.steps < 1:
+        raise ToolError("--size takes at least 8 pixels, --steps at least 1")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    ensure_models(options.models.resolve(), environment.ensure("test"))
+    host = hosts.for_demo(options.comfyui)
+    small = out / "input.png"
+    picture_work(host.python, "shrink", options.image, small, options.size)
+    say(f"starting ComfyUI {host.version} {' '.join(more)}".rstrip())
+    began = time.monotonic()
+    with running(host, out / f"comfyui_{host.name}", tuple(more), models=options.models.resolve()) as server:
+        say(f"ready after {time.monotonic() - began:.0f} s; running {WORKFLOW.relative_to(ROOT).as_posix()}")
+        report = measure(host, server, small, options.steps, tuple(more))
+    tell(report, server.log.read_text(encoding="utf-8", errors="replace"))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
