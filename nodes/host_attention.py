@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from comfy.ldm.modules.attention import optimized_attention_for_device
+import comfy.ldm.modules.attention
 from torch import Tensor
 
 
 def host_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attend with the kernel that the host chose for this device.
+    """Attend with the kernel that the host chose for its own UNet.
 
-    With a bias (relative positions, masked padding) the kernel for small masked inputs is taken: flash attention
-    falls back with a warning at every masked call, and sage attention of older hosts may ignore the mask.
+    The host's choice by device would do on a GPU; on a CPU it is the slow kernel whatever the UNet uses. With a bias
+    (relative positions, masked padding) the kernel for small masked inputs is taken: flash attention falls back with a
+    warning at every masked call, and sage attention of older hosts may ignore the mask.
 
     Args:
         q: (B, heads, L, D).
@@ -20,6 +21,8 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     Returns:
         (B, heads, L, D).
     """
-    masked = bias is not None
-    kernel = optimized_attention_for_device(q.device, mask=masked, small_input=masked)
+    host = comfy.ldm.modules.attention
+    kernel = host.optimized_attention
+    if bias is not None:
+        kernel = host.optimized_attention_for_device(q.device, mask=True, small_input=True)
     return kernel(q, k, v, heads=q.shape[1], mask=bias, skip_reshape=True, skip_output_reshape=True)
