@@ -157,7 +157,8 @@ def main(arguments: list[str]) -> int:
     if "ruff" in parts:
         runner.command("ruff", "ruff", "check", ".")
     if "core" in parts:
-        runner.pytest("documents and layers", "tests/test_layering.py", "tests/test_docs.py", "tests/test_tools.py")
+        alone = ("layering", "docs", "tools", "bench")
+        runner.pytest("documents and layers", *(f"tests/test_{name}.py" for name in alone))
         runner.pytest("training", "tests/training")  # by far the longest: the others run beside it
         runner.pytest("core", "tests/core")
         runner.pytest("parity", "tests/parity")
