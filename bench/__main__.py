@@ -22,7 +22,7 @@ from pathlib import Path
 from bench import report
 from tools import environment, hosts
 from tools.environment import ROOT
-from tools.terminal import ToolError, run_command
+from tools.terminal import ToolError, run_command, say
 
 SIZES = ("nano", "full", "toy")
 
@@ -57,18 +57,27 @@ def request_of(options: argparse.Namespace) -> dict:
     }
 
 
-def measured(host: hosts.Host, request: dict) -> dict:
-    """Let a ComfyUI process of this host measure, and return what it found."""
+def measured(host: hosts.Host, request: dict, limit: float | None) -> dict:
+    """Let a ComfyUI process of this host measure, and return what it found.
+
+    After `limit` seconds it is ended, and the rounds until then count.
+    """
     with tempfile.TemporaryDirectory(prefix="clearsr_bench_") as folder:
         path = Path(folder) / "request.json"
         path.write_text(json.dumps({**request, "tree": str(host.tree)}), encoding="utf-8")
         (Path(folder) / "custom_nodes").mkdir()
         command = [str(host.python), str(ROOT / "bench" / "host_process.py"), str(path)]
         surroundings = {**os.environ, "PYTHONPATH": str(host.frontend or ""), "PYTHONUTF8": "1"}
-        status = subprocess.run(command, cwd=host.tree, env=surroundings).returncode
+        try:
+            status = subprocess.run(command, cwd=host.tree, env=surroundings, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            status = 0
+            say(f"stopped after {limit:.0f} s")
         result = path.with_name("result.json")
-        if status or not result.exists():
+        if status:
             raise ToolError(f"ComfyUI {host.version} ended with status {status} (-9 or 137: out of memory).")
+        if not result.exists():
+            raise ToolError("the time was over before the first round was: a longer --limit, fewer --steps or ways")
         return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -86,12 +95,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--vae_pixels", type=int, default=1024, help="largest side that the VAE is measured at")
     parser.add_argument("--only", default="", help="ways to measure, separated by semicolons (default all)")
     parser.add_argument("--no_parts", action="store_true", help="do not measure the networks alone")
+    parser.add_argument("--limit", type=float, help="seconds after which the finished rounds are reported")
     parser.add_argument("--count", action="store_true", help="count multiply-adds instead of measuring")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     options = parser.parse_args(arguments)
     request = request_of(options)
 
-    result = measured(hosts.ensure(options.comfyui, environment.ensure("test")), request)
+    result = measured(hosts.ensure(options.comfyui, environment.ensure("test")), request, options.limit)
     text = report.counts_table(result) if options.count else report.markdown(result)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

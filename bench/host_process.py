@@ -52,12 +52,18 @@ def main(request: Path) -> None:
     logging.getLogger("clearsr").setLevel(logging.INFO)
     wanted = json.loads(request.read_text(encoding="utf-8"))
     pack = load_pack(Path(wanted["tree"]), request.parent, wanted["device"])
+
+    def keep(result: dict) -> None:
+        # In one step: this process may be ended at any moment.
+        partial = request.with_name("result.part")
+        partial.write_text(json.dumps(result), encoding="utf-8")
+        partial.replace(request.with_name("result.json"))
+
     if wanted["count"]:
-        result = importlib.import_module(f"{pack.__name__}.bench.counts").run(wanted["size"], wanted["pixels"])
-    else:
-        measure = importlib.import_module(f"{pack.__name__}.bench.measure")
-        result = measure.run(measure.Request(**{key: wanted[key] for key in measure.Request.__dataclass_fields__}))
-    (request.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        keep(importlib.import_module(f"{pack.__name__}.bench.counts").run(wanted["size"], wanted["pixels"]))
+        return
+    measure = importlib.import_module(f"{pack.__name__}.bench.measure")
+    measure.run(measure.Request(**{key: wanted[key] for key in measure.Request.__dataclass_fields__}), keep)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ import dataclasses
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import comfy.model_management
 import comfyui_version
 import folder_paths
 import torch
@@ -63,17 +62,23 @@ class Series:
     operations: dict[str, float] = field(default_factory=dict)  # multiply-adds of one forward of each part
 
 
-def run(request: Request) -> dict:
-    """Measure and return plain values for JSON."""
+def run(request: Request, keep: Callable[[dict], None] = lambda _result: None) -> dict:
+    """Measure and return plain values for JSON; `keep` gets what there is after every round."""
     folder = Path(folder_paths.models_dir) / "clearsr"
+    series: list[Series] = []
     with torch.inference_mode():
         model, vae, clearsr = node("ClearSRLoader", checkpoint=subjects.file_of(request.size, folder))
-        series = []
         for pixels in request.pixels:
             for cfg in request.cfgs:
                 scene = ways.prepare(model, vae, clearsr, pixels, request.steps, cfg, request.tile)
-                series.append(_measured(scene, pixels, request))
-    device = comfy.model_management.get_torch_device()
+                series.append(Series(pixels, cfg))
+                for _ in _rounds(scene, series[-1], request):
+                    keep(_result(scene, request, series))
+    return _result(scene, request, series)
+
+
+def _result(scene: Scene, request: Request, series: list[Series]) -> dict:
+    device, base = scene.device, scene.model.model
     return {
         "request": dataclasses.asdict(request),
         "machine": {
@@ -81,7 +86,7 @@ def run(request: Request) -> dict:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
             "threads": torch.get_num_threads(),
-            "dtype": str(model.model.manual_cast_dtype or model.model.get_dtype()),
+            "dtype": str(base.manual_cast_dtype or base.get_dtype()),
             "date": time.strftime("%Y-%m-%d"),
         },
         "parameters": {
@@ -91,15 +96,16 @@ def run(request: Request) -> dict:
     }
 
 
-def _measured(scene: Scene, pixels: int, request: Request) -> Series:
+def _rounds(scene: Scene, series: Series, request: Request) -> Iterator[int]:
+    """Take the turns of one round after the other, and yield the number of each."""
     ways.load(scene)
     every_way = ways.ways(scene)
     unknown = sorted(set(request.only) - set(every_way))
     if unknown:
-        log.info("not at %d pixels with cfg %g: %s", pixels, scene.cfg, ", ".join(unknown))
+        log.info("not at %d pixels with cfg %g: %s", series.pixels, scene.cfg, ", ".join(unknown))
     chosen = {name: way for name, way in every_way.items() if not request.only or name in request.only}
-    parts = _parts(scene, pixels <= request.vae_pixels) if request.parts else {}
-    series = Series(pixels, scene.cfg, {name: [] for name in chosen}, {name: [] for name in parts})
+    parts = _parts(scene, series.pixels <= request.vae_pixels) if request.parts else {}
+    series.ways, series.parts = {name: [] for name in chosen}, {name: [] for name in parts}
     for name, part in parts.items():  # also the first, slow call of each network
         series.operations[name] = _multiply_adds(part)
 
@@ -112,8 +118,9 @@ def _measured(scene: Scene, pixels: int, request: Request) -> Series:
             way = chosen[name]
             turn = measure(scene.device, lambda way=way: way(scene), watch)
             series.ways[name].append(turn)
-            log.info("%d pixels, cfg %g, round %d, %s: %.2f s", pixels, scene.cfg, number + 1, name, turn.seconds)
-    return series
+            place = (series.pixels, scene.cfg, number + 1, name)
+            log.info("%d pixels, cfg %g, round %d, %s: %.2f s", *place, turn.seconds)
+        yield number
 
 
 def _turned(names: list[str], by: int) -> list[str]:

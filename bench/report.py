@@ -123,11 +123,11 @@ def markdown(result: dict) -> str:
     sizes = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in result["parameters"].items())
     text = (
         f"Model {request['size']} ({sizes}), {machine['dtype']}, {machine['device']}, {machine['threads']} threads, "
-        f"ComfyUI {machine['comfyui']}, torch {machine['torch']}, {machine['date']}. {request['steps']} steps, "
-        f"{request['rounds']} rounds.\n"
+        f"ComfyUI {machine['comfyui']}, torch {machine['torch']}, {machine['date']}. {request['steps']} steps.\n"
     )
     for series in result["series"]:
-        text += f"\n## {series['pixels']} x {series['pixels']} pixels, cfg {series['cfg']:g}\n\n"
+        rounds = len(next(iter(series["ways"].values())))
+        text += f"\n## {series['pixels']} x {series['pixels']} pixels, cfg {series['cfg']:g}, {rounds} rounds\n\n"
         text += ways_table(series, request["steps"])
         if series["parts"]:
             text += "\n" + parts_table(series)
