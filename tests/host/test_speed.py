@@ -58,6 +58,21 @@ def test_control_is_computed_as_often_as_asked_for(tiny, lr, every, expected) ->
     assert {args[0].shape[0] for args, _options in calls} == {1}
 
 
+def test_control_follows_the_hosts_option_for_the_layout_of_weights(tiny, lr, monkeypatch) -> None:
+    """--force-channels-last: as the UNet, so that no convolution has to change the layout of what it gets."""
+    monkeypatch.setattr("comfy.cli_args.args.force_channels_last", True)
+    model, _vae, clearsr = rig.run("ClearSRLoader", checkpoint=tiny["name"])
+    for network in (model.model.diffusion_model, clearsr.control.model):
+        weights = [weight for weight in network.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    inputs = {"model": model, "clearsr": clearsr, "lr_latent": lr["latent"]}
+    result = sample(rig.run("ClearSRControlApply", **inputs), lr)
+    monkeypatch.undo()
+    plain = {"model": tiny["model"], "clearsr": tiny["clearsr"], "lr_latent": lr["latent"]}
+    expected = sample(rig.run("ClearSRControlApply", **plain), lr)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+
+
 class Waits(TorchDispatchMode):
     """Counts what makes the processor wait for a device: a number read out of a tensor, a comparison of tensors."""
 
