@@ -357,11 +357,14 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _repeated(residuals: ControlResiduals, times: int) -> ControlResiduals:
+    """Return the residuals of `times` equal groups of rows; of a single row as views, which cost no memory."""
     if times == 1:
         return residuals
-    return type(residuals)(
-        tuple(residual.repeat(times, 1, 1, 1) for residual in residuals.down), residuals.mid.repeat(times, 1, 1, 1)
-    )
+
+    def repeated(residual: Tensor) -> Tensor:
+        return residual.expand(times, -1, -1, -1) if len(residual) == 1 else residual.repeat(times, 1, 1, 1)
+
+    return type(residuals)(tuple(map(repeated, residuals.down)), repeated(residuals.mid))
 
 
 def _merged(control: dict | None, residuals: ControlResiduals, weights: tuple[float, ...]) -> dict[str, list]:

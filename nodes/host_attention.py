@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import comfy.ldm.modules.attention
 import torch
-from comfy.ldm.modules.attention import optimized_attention_for_device
 from torch import Tensor
 
 
 def host_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attend with the kernel that the host chose for this device.
+    """Attend with the kernel that the host chose for its own UNet.
 
-    With a bias (relative positions, masked padding) the kernel for small masked inputs is taken: flash attention
-    falls back with a warning at every masked call, and sage attention of older hosts may ignore the mask. Logits and
-    softmax are float32 in every kernel, unless the user forbids that (--dont-upcast-attention).
+    The host's choice by device would do on a GPU; on a CPU it is the slow kernel whatever the UNet uses. With a bias
+    (relative positions, masked padding) the kernel for small masked inputs is taken: flash attention falls back with a
+    warning at every masked call, and sage attention of older hosts may ignore the mask. Logits and softmax are float32
+    in every kernel, unless the user forbids that (--dont-upcast-attention).
 
     Args:
         q: (B, heads, L, D).
@@ -22,8 +23,10 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     Returns:
         (B, heads, L, D).
     """
-    masked = bias is not None
-    kernel = optimized_attention_for_device(q.device, mask=masked, small_input=masked)
+    host = comfy.ldm.modules.attention
+    kernel = host.optimized_attention
+    if bias is not None:
+        kernel = host.optimized_attention_for_device(q.device, mask=True, small_input=True)
     return kernel(
         q,
         k,

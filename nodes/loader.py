@@ -126,6 +126,8 @@ def _patcher(
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+    if comfy.model_management.force_channels_last():
+        net.to(memory_format=torch.channels_last)  # as the host lays out its UNet then
     net.load_state_dict(weights, strict=True, assign=is_dynamic(patcher))
     net.eval().requires_grad_(False)
     patcher.cached_patcher_init = (factory, arguments)

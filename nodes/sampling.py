@@ -16,6 +16,7 @@ from torch import Tensor
 from ..clearsr_core.lsa import LSAConfig
 from .compat import HostObject, inference_dtype, schema, widget
 from .finite import broken, sampling_error
+from .guidance import guide_between
 from .late_state import LateState, fingerprint
 from .lsa_patch import check_channels, lsa_config, patch_denoised, strength_inputs
 from .lsa_sampler import WITHOUT_STEPS, LSARun, LSASampler, Target, preserves_variance
@@ -212,6 +213,28 @@ class ClearSRLSAKSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Where beta acts: white = full, black = not at all. Painted on the picture, any size.",
                 ),
+                widget(
+                    io.Float,
+                    "cfg_start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Guidance acts after this share of the steps. Steps without it take half the time.",
+                ),
+                widget(
+                    io.Float,
+                    "cfg_end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Guidance acts until this share of the steps. 1 = to the end.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -242,7 +265,14 @@ class ClearSRLSAKSampler(io.ComfyNode):
         negative: list | None = None,
         alpha_mask: Tensor | None = None,
         beta_mask: Tensor | None = None,
+        cfg_start: float = 0.0,
+        cfg_end: float = 1.0,
     ) -> io.NodeOutput:
+        if cfg_start > cfg_end:
+            raise ValueError(
+                f"{NODE}: cfg_start {cfg_start} lies after cfg_end {cfg_end}, so guidance would never act. Swap them, "
+                "or set cfg to 1 for no guidance."
+            )
         lsa = lsa_config(NODE, alpha, beta, ela_end, lla_start, strength_rule)
         moved = TARGETS[target]
         x_lr = check_channels(NODE, model, lr_latent)  # (B, 4, h, w) VAE units
@@ -268,6 +298,8 @@ class ClearSRLSAKSampler(io.ComfyNode):
                     seed,
                     lr_latent.get("batch_index"),
                     cfg,
+                    cfg_start,
+                    cfg_end,
                     x_lr,
                     start_from_lr,
                     whole,
@@ -287,6 +319,7 @@ class ClearSRLSAKSampler(io.ComfyNode):
             late_state=None if key is None else LateState(key, model),
         )
         sampled = model if moved == "step" else patch_denoised(model, x_lr, lsa, ela_map, lla_map)
+        sampled = guide_between(sampled, sigmas, cfg_start, cfg_end)
         samples = comfy.sample.sample_custom(
             sampled,
             noise,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = "clearsr_core|nodes|training|tools|tests|workflows|models|docs|web|locales"
+FOLDERS = "clearsr_core|nodes|training|tools|bench|tests|workflows|models|docs|web|locales"
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "models/*.md", "training/*.md", "tests/**/*.md", "web/docs/**/*.md")
@@ -23,7 +23,7 @@ PATH = re.compile(rf"(?<![\w./-])((?:{FOLDERS})/[\w./*{{}},<>-]*[\w*/}}])")
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)\s]*)?\)")
 CODE = re.compile(r"`([^`\n]+)`")
 MAKE = re.compile(r"(?:^|`|\$ )make ([a-z]+)\b", re.MULTILINE)
-MODULE = re.compile(r"python -m ((?:training|tools)(?:\.\w+)+)")
+MODULE = re.compile(r"python -m ((?:training|tools)(?:\.\w+)+|bench)\b")
 PRESET = re.compile(r"--preset[= ]([\w-]+)")
 NODE_ID = re.compile(r'node_id\s*=\s*"(\w+)"')
 REFERENCE = re.compile(rf"^((?:{FOLDERS})/[\w/.]+\.py)::([\w.]+)$")

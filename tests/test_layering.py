@@ -53,6 +53,8 @@ RULES = {
     "nodes": (CORE | HOST | {"PIL"}, {"nodes", "clearsr_core"}),
     "training": (CORE | TRAINING, {"training"}),
     "tools": ({"PIL"}, {"tools"}),
+    # Its command starts a host with the tools; inside of that host it is a part of the pack.
+    "bench": (CORE | HOST | {"bench", "comfyui_version", "tools"}, {"bench", "nodes", "clearsr_core"}),
 }
 # What an inference pack must never do: run code out of a file, or talk to the network.
 FORBIDDEN_MODULES = {
@@ -162,6 +164,7 @@ def test_a_folder_imports_only_what_its_layer_may(folder):
         ("training", "import folder_paths"),
         ("training", "from nodes import loader"),
         ("tools", "import torch"),
+        ("bench", "from training import bench"),
     ],
 )
 def test_the_rule_catches_a_forbidden_import(folder, line):
@@ -185,7 +188,7 @@ def test_inference_never_unpickles_evaluates_or_talks_to_the_network(folder):
     assert not bad
 
 
-@pytest.mark.parametrize("folder", ["clearsr_core", "nodes", "training"])
+@pytest.mark.parametrize("folder", ["clearsr_core", "nodes", "training", "bench"])
 def test_nothing_prints(folder):
     assert not [path.name for path in sources(folder) if "print" in called(text_of(path))]
 
@@ -215,7 +218,7 @@ def test_no_file_outgrows_one_sitting(folder):
 
 
 def test_no_file_names_a_machine():
-    folders = ("clearsr_core", "nodes", "training", "tools", "workflows", "docs", "tests", "web", "locales")
+    folders = ("clearsr_core", "nodes", "training", "tools", "bench", "workflows", "docs", "tests", "web", "locales")
     kinds = {".py", ".md", ".json", ".toml", ".js", ".mjs", ".txt"}
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
     files += [path for path in ROOT.iterdir() if path.suffix in kinds or path.name == "Makefile"]

@@ -157,8 +157,8 @@ def main(arguments: list[str]) -> int:
     if "ruff" in parts:
         runner.command("ruff", "ruff", "check", ".")
     if "core" in parts:
-        alone = ("tests/test_layering.py", "tests/test_docs.py", "tests/test_tools.py", "tests/test_full_size_tools.py")
-        runner.pytest("documents and layers", *alone)
+        alone = ("layering", "docs", "tools", "full_size_tools", "bench")
+        runner.pytest("documents and layers", *(f"tests/test_{name}.py" for name in alone))
         runner.pytest("training", "tests/training")  # by far the longest: the others run beside it
         runner.pytest("core", "tests/core")
         runner.pytest("parity", "tests/parity")

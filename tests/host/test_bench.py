@@ -1,0 +1,97 @@
+"""The benchmark inside this host: every way runs at toy size, and what it counts is what happened."""
+
+from __future__ import annotations
+
+import clearsr_rig as rig
+import pytest
+import torch
+
+measure = rig.module("bench.measure")
+clocks = rig.module("bench.clocks")
+subjects = rig.module("bench.subjects")
+ways = rig.module("bench.ways")
+
+
+@pytest.fixture(scope="module")
+def result():
+    """128 x 128 pixels without guidance in two rounds, 192 x 192 with it in one."""
+    settings = {"steps": 3, "tile": 128, "vae_pixels": 128}
+    small = measure.run(measure.Request("toy", "cpu", (128,), (1.0,), rounds=2, **settings))
+    large = measure.run(measure.Request("toy", "cpu", (192,), (2.0,), rounds=1, **settings))
+    return small["series"] + large["series"]
+
+
+def test_every_way_runs_in_every_round(result) -> None:
+    small, large = result
+    assert set(small["ways"]) == {ways.BARE, ways.HOST, ways.NAIVE, ways.EACH, ways.ONCE, "ours, control every 2"}
+    assert set(large["ways"]) == set(small["ways"]) | {ways.INTERVAL, ways.TILED}
+    assert all(len(turns) == 2 for turns in small["ways"].values())
+    assert all(len(turns) == 1 for turns in large["ways"].values())
+    assert all(turn["seconds"] > 0 for turns in large["ways"].values() for turn in turns)
+    assert set(small["parts"]) == set(measure.PARTS)
+    assert set(large["parts"]) == set(measure.PARTS[:3]), "the VAE is measured up to vae_pixels"
+    assert all(count > 0 for count in small["operations"].values())
+
+
+def test_control_calls_of_every_way(result) -> None:
+    calls = {name: turns[0]["calls"] for name, turns in result[1]["ways"].items()}
+    dpm = {name: count["DPM"] for name, count in calls.items()}
+    tiles = 4 * 3
+    assert dpm == {
+        ways.BARE: 0,
+        ways.HOST: 0,
+        ways.NAIVE: 3,
+        ways.EACH: 3,
+        "ours, control every 2": 2,
+        ways.ONCE: 1,
+        ways.INTERVAL: 3,
+        ways.TILED: tiles,
+    }
+    assert all(count["UNet"] == (tiles if name == ways.TILED else 3) for name, count in calls.items())
+
+
+def test_time_inside_of_networks_is_a_part_of_the_whole(result) -> None:
+    for one in result:
+        for turns in one["ways"].values():
+            assert all(0.2 * turn["seconds"] < sum(turn["inside"].values()) <= turn["seconds"] for turn in turns)
+
+
+def test_the_bare_loop_is_the_hosts_ddpm(tiny) -> None:
+    """The loop that everything is compared with samples; it does not only call the UNet."""
+    torch.manual_seed(0)
+    scene = ways.prepare(tiny["model"], tiny["vae"], tiny["clearsr"], 128, 1, 1.0, 128)
+    ways.load(scene)
+    base = scene.model.model
+    x, _, text = ways.unet_inputs(scene, 1)
+    sigma = ways._sigmas(scene)[0]
+    eps = base.diffusion_model(x, base.model_sampling.timestep(sigma[None]).float(), context=text)
+    expected = x * torch.sqrt(1 + sigma**2) - sigma * eps  # one step to zero noise is the estimate of x_0
+    torch.testing.assert_close(ways.bare(scene), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(clocks._resident("VmRSS") is None, reason="no /proc")
+def test_peak_memory_is_that_of_the_work() -> None:
+    """80 MiB that are freed before the end count; what was there before does not."""
+    held = torch.ones(30 * 2**18)
+    clocks.measure(torch.device("cpu"), lambda: torch.ones(2**18).sum())
+    turn = clocks.measure(torch.device("cpu"), lambda: torch.ones(80 * 2**18).sum())
+    assert held.numel()
+    assert 75 * 2**20 < turn.peak < 100 * 2**20
+
+
+def test_naive_control_is_evaluated_for_every_row(tiny) -> None:
+    scene = ways.prepare(tiny["model"], tiny["vae"], tiny["clearsr"], 128, 2, 2.0, 128)
+    ways.load(scene)
+    with rig.count_calls(tiny["clearsr"].control.model.dpm, "forward") as calls:
+        ways.naive(scene)
+    assert [args[0].shape[0] for args, _options in calls] == [2, 2]
+
+
+def test_the_full_size_is_the_papers() -> None:
+    """865.9, 375.1 and 232.4 million parameters, told without making them."""
+    shapes = rig.module("clearsr_core.shapes").checkpoint_shapes(subjects._CONFIGS["full"])
+    millions = {
+        part: round(sum(torch.Size(shape).numel() for shape in shapes[part].values()) / 1e6, 1)
+        for part in ("base.unet", "dpm", "spm")
+    }
+    assert millions == {"base.unet": 865.9, "dpm": 375.1, "spm": 232.4}
