@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .compat import HostObject
 from .sockets import KEY
-from .tiled_diffusion import CONTROL_SHARE, NODE, PLAN, TILE, TilingSettings, start_tiling
+from .tile_conds import obstacle
+from .tiled_diffusion import CONTROL_SHARE, HANDLER, NODE, PLAN, TILE, TilingSettings, start_tiling
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -148,7 +149,7 @@ def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings) -> C
         # The run's memory rides in this run's own copy of transformer_options and ends with it.
         run = ControlRun(x_lr, sigmas)
         extra_args["model_options"]["transformer_options"][RUN] = run
-        start_tiling(tiling, extra_args["model_options"], guider, noise.shape, len(sigmas) - 1, run.cache.clear)
+        start_tiling(tiling, extra_args["model_options"], guider, x_lr, len(sigmas) - 1, run.cache.clear)
         return executor(guider, sigmas, extra_args, callback, noise, *rest)
 
     return bind
@@ -359,14 +360,20 @@ def _added(theirs: list | None, ours: list) -> list:
 def _reserve_memory(tiling: TilingSettings) -> Callable[..., HostObject]:
     """Make the wrapper that asks the host for memory (host: PREPARE_SAMPLING).
 
-    Room for the activations of one model call, a batch of tiles where there are tiles, and for those of the control
+    Room for the activations of one model call, a batch of tiles where there can be tiles, and for those of the control
     networks, which are half of the UNet's.
     """
 
     def reserve(
-        executor: HostObject, model: HostObject, shape: HostObject, *rest: HostObject, **options: HostObject
+        executor: HostObject,
+        model: HostObject,
+        shape: HostObject,
+        conds: dict[str, list[dict]],
+        *rest: HostObject,
+        **options: HostObject,
     ) -> HostObject:
-        rows, *sides = tiling.call_shape(shape)
-        return executor(model, [math.ceil(rows * CONTROL_SHARE), *sides], *rest, **options)
+        in_one_piece = HANDLER in model.model_options or obstacle(conds) is not None
+        rows, *sides = shape if in_one_piece else tiling.call_shape(shape)
+        return executor(model, [math.ceil(rows * CONTROL_SHARE), *sides], conds, *rest, **options)
 
     return reserve
