@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .compat import HostObject
 from .sockets import KEY
-from .tile_conds import obstacle
+from .tile_conds import obstacle, stacked
 from .tiled_diffusion import CONTROL_SHARE, HANDLER, NODE, PLAN, TILE, TilingSettings, start_tiling
 
 if TYPE_CHECKING:
@@ -172,14 +172,14 @@ def _check_size(lr_latent: Tensor, noise: Tensor) -> None:
 def _prompt_tokens(prompt: Tensor | None, text: HostObject, name: str, batch: int) -> Tensor | None:
     """Return what the decoder reads for one conditioning, (B, n, C).
 
-    Negative conditionings keep their own text there (decision 0006). It is bound as well, and p is repeated to as many
-    tokens, which changes nothing in attention: only equal shapes let the host run both halves of guidance in one
-    batch.
+    Negative conditionings, known by the names that the host's guiders give them, keep their own text there (decision
+    0006). It is bound as well, and p is repeated to as many tokens, which changes nothing in attention: only equal
+    shapes let the host run both halves of guidance in one batch.
     """
     if prompt is None:
         return None
     words = None if text is None else text.cond
-    if name == "negative" and words is not None:
+    if "negative" in name and words is not None:
         return comfy.utils.repeat_to_batch_size(words, batch)
     if words is not None and prompt.shape[1] == 1:
         prompt = prompt.expand(-1, words.shape[1], -1)
@@ -215,7 +215,9 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
             options[PROMPT] = prompt
         base = executor.class_obj  # the host's BaseModel on this device
         if x_lr is None and run is not None:
-            x_lr = run.lr_latent  # a conditioning that the guider made after the run had begun
+            x_lr = run.lr_latent  # a conditioning that was made after the run had begun
+            if tiles is not None:
+                x_lr = stacked([tile.of(x_lr) for tile in tiles], x_lr.shape[0])
         x_lr = _window(x_lr, x, options)
         sampling = base.model_sampling
         sigma = float(t.flatten()[0])
