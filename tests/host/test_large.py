@@ -90,21 +90,23 @@ def upscaled(loaded, image, scale=4.0, steps=2, encode_tile=0, **settings):
     return fixed
 
 
-def test_a_picture_4096_pixels_wide(nano) -> None:
+@pytest.mark.parametrize("height", [128, 512, 1024])
+def test_a_picture_4096_pixels_wide(nano, height) -> None:
     """Nano, automatic tiles: exactly four times the input, and finite."""
-    picture = upscaled(nano, small_picture(128, 1024))
-    save("wide_4096", picture)
-    assert picture.shape == (1, 512, 4096, 3) and picture.isfinite().all()
+    picture = upscaled(nano, small_picture(height, 1024))
+    save(f"wide_{4 * height}", picture)
+    assert picture.shape == (1, 4 * height, 4096, 3) and picture.isfinite().all()
 
 
-def test_seams_of_larger_tiles(nano) -> None:
+@pytest.mark.parametrize("width", [128, 256])
+def test_seams_of_larger_tiles(nano, width) -> None:
     """Tiles of 768 and of 512 pixels against one piece, at the same borders."""
-    image = small_picture(256, 128)
+    image = small_picture(256, width)
     whole = upscaled(nano, image, steps=3, tile_size=16384)
-    save("one_piece", whole)
+    save(f"{width}_one_piece", whole)
     for tile_size in (768, 512):
         picture = upscaled(nano, image, steps=3, tile_size=tile_size)
-        save(f"tiles_{tile_size}", picture)
+        save(f"{width}_tiles_{tile_size}", picture)
         cut = tiles.layout(whole.shape[1] // 8, whole.shape[2] // 8, tile_size // 8, 16)
         scores = [seam_score(one, cut) for one in (whole, picture)]
         difference = float((picture - whole).abs().mean())

@@ -11,6 +11,7 @@ import weakref
 
 import clearsr_rig as rig
 import comfy.model_management as management
+import comfy.model_patcher
 import pytest
 import torch
 from clearsr_runs import SMALL, apply, sample
@@ -121,3 +122,41 @@ def test_a_forgotten_model_frees_its_memory(latent) -> None:
     management.unload_all_models()
     gc.collect()
     assert [thing() is None for thing in kept] == [True, True, True]
+
+
+@pytest.mark.skipif(not hasattr(comfy.model_patcher, "ModelPatcherDynamic"), reason="newer than this ComfyUI")
+def test_lazily_loaded_weights(latent, monkeypatch) -> None:
+    """The host's dynamic patchers around all our models, as far as they go without a card: no LoRA, no pages."""
+    import comfy.memory_management
+    import comfy_aimdo.host_buffer
+
+    class NoPages:
+        """Stands for memory that only the card's library can reserve."""
+
+        size = 0
+
+        def __init__(self, *_sizes):
+            pass
+
+    def picture():
+        loaded = rig.run("ClearSRLoader", checkpoint=name, lora_strength=0.0, encoder_lora_strength=0.0)
+        model, vae, clearsr = loaded
+        kinds = {type(patcher).__name__ for patcher in (model, vae.patcher, clearsr.control, clearsr.image_encoder)}
+        encoded, _ = rig.run("ClearSRLREncode", clearsr=clearsr, image=rig.images(1, 48, 32), scale=4.0)
+        samples = sample(apply({"model": model, "clearsr": clearsr}, encoded, **SMALL), encoded, cfg=2.0)
+        return kinds, rig.run("VAEDecode", samples={"samples": samples}, vae=vae)
+
+    name = rig.write("lazy.safetensors", rig.tiny_checkpoint(rig.tiny_config()))
+    kinds, expected = picture()
+    assert kinds == {"ModelPatcher"}
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy_aimdo.host_buffer, "HostBuffer", NoPages)
+        patch.setattr(comfy.memory_management, "aimdo_enabled", True)
+        patch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+        patch.setattr(management, "is_device_cpu", lambda _device: False)
+        kinds, result = picture()
+        management.unload_all_models()
+        gc.collect()
+    assert kinds == {"ModelPatcherDynamic"}
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(picture()[1], expected)
