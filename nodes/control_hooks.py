@@ -27,7 +27,8 @@ from torch import Tensor
 from .compat import HostObject, inference_dtype
 from .finite import RunCheck
 from .sockets import KEY
-from .tiled_diffusion import CONTROL_SHARE, NODE, PLAN, TILE, TilingSettings, start_tiling
+from .tile_conds import obstacle, stacked
+from .tiled_diffusion import CONTROL_SHARE, HANDLER, NODE, PLAN, TILE, TilingSettings, start_tiling
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -160,7 +161,7 @@ def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings, file
         # The run's memory rides in this run's own copy of transformer_options and ends with it.
         run = ControlRun(x_lr, sigmas, RunCheck(NODE, file, inference_dtype(guider.inner_model)))
         extra_args["model_options"]["transformer_options"][RUN] = run
-        start_tiling(tiling, extra_args["model_options"], guider, noise.shape, len(sigmas) - 1, run.cache.clear)
+        start_tiling(tiling, extra_args["model_options"], guider, x_lr, len(sigmas) - 1, run.cache.clear)
         samples = executor(guider, sigmas, extra_args, callback, noise, *rest)
         run.check.result(samples, run.last_control())
         return samples
@@ -185,14 +186,14 @@ def _check_size(lr_latent: Tensor, noise: Tensor) -> None:
 def _prompt_tokens(prompt: Tensor | None, text: HostObject, name: str, batch: int) -> Tensor | None:
     """Return what the decoder reads for one conditioning, (B, n, C).
 
-    Negative conditionings keep their own text there (decision 0006). It is bound as well, and p is repeated to as many
-    tokens, which changes nothing in attention: only equal shapes let the host run both halves of guidance in one
-    batch.
+    Negative conditionings, known by the names that the host's guiders give them, keep their own text there (decision
+    0006). It is bound as well, and p is repeated to as many tokens, which changes nothing in attention: only equal
+    shapes let the host run both halves of guidance in one batch.
     """
     if prompt is None:
         return None
     words = None if text is None else text.cond
-    if name == "negative" and words is not None:
+    if "negative" in name and words is not None:
         return comfy.utils.repeat_to_batch_size(words, batch)
     if words is not None and prompt.shape[1] == 1:
         prompt = prompt.expand(-1, words.shape[1], -1)
@@ -229,7 +230,9 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
         base = executor.class_obj  # the host's BaseModel on this device
         dtype = inference_dtype(base)
         if x_lr is None and run is not None:
-            x_lr = run.lr_latent  # a conditioning that the guider made after the run had begun
+            x_lr = run.lr_latent  # a conditioning that was made after the run had begun
+            if tiles is not None:
+                x_lr = stacked([tile.of(x_lr) for tile in tiles], x_lr.shape[0])
         x_lr = _window(x_lr, x, options)
         sampling = base.model_sampling
         sigma = float(t.flatten()[0])
@@ -390,14 +393,20 @@ def _added(theirs: list | None, ours: list) -> list:
 def _reserve_memory(tiling: TilingSettings) -> Callable[..., HostObject]:
     """Make the wrapper that asks the host for memory (host: PREPARE_SAMPLING).
 
-    Room for the activations of one model call, a batch of tiles where there are tiles, and for those of the control
+    Room for the activations of one model call, a batch of tiles where there can be tiles, and for those of the control
     networks, which are half of the UNet's.
     """
 
     def reserve(
-        executor: HostObject, model: HostObject, shape: HostObject, *rest: HostObject, **options: HostObject
+        executor: HostObject,
+        model: HostObject,
+        shape: HostObject,
+        conds: dict[str, list[dict]],
+        *rest: HostObject,
+        **options: HostObject,
     ) -> HostObject:
-        rows, *sides = tiling.call_shape(shape)
-        return executor(model, [math.ceil(rows * CONTROL_SHARE), *sides], *rest, **options)
+        in_one_piece = HANDLER in model.model_options or obstacle(conds) is not None
+        rows, *sides = shape if in_one_piece else tiling.call_shape(shape)
+        return executor(model, [math.ceil(rows * CONTROL_SHARE), *sides], conds, *rest, **options)
 
     return reserve

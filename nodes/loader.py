@@ -127,7 +127,8 @@ def _patcher(
         offload_device=comfy.model_management.unet_offload_device(),
     )
     if comfy.model_management.force_channels_last():
-        net.to(memory_format=torch.channels_last)  # as the host lays out its UNet then
+        # As the host lays out its UNet then. Torch takes this form, its annotations do not know it.
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     net.load_state_dict(weights, strict=True, assign=is_dynamic(patcher))
     net.eval().requires_grad_(False)
     patcher.cached_patcher_init = (factory, arguments)

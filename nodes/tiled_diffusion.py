@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import comfy.context_windows
 import comfy.model_management
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from ..clearsr_core import tiles
 from ..clearsr_core.tiles import GRID, Layout, Tile
 from .compat import HostObject, out_of_memory
 from .tile_conds import ControlCuts, Size, cut_conditioning, has_areas, obstacle
+from .tile_progress import RunProgress
 
 NODE = "DPM/SPM Control Apply"
 PLAN, TILE = "clearsr_tiles", "clearsr_tile"  # in transformer_options: of a run, of one model call
@@ -67,15 +67,18 @@ class TilePlan:
     overlap: int
     batch: int
     forget: Callable[[], None]  # what is remembered of the tiles before
+    progress: RunProgress
     obstacle: str | None = None  # what forbids tiles
     controls: ControlCuts = field(default_factory=ControlCuts)
     cuts: dict[tuple, Layout] = field(default_factory=dict)
-    bar: comfy.utils.ProgressBar = field(default_factory=lambda: comfy.utils.ProgressBar(1))
-    shown: float = 0.0  # share of the run that the bar has reached
+
+    def is_cut(self, size: Size) -> bool:
+        """Tell whether a latent of `size` is cut."""
+        return bool(self.side) and max(size) > self.side
 
     def layout(self, size: Size, device: torch.device) -> Layout | None:
         """Return the cut of a latent of `size` with its shares on `device`, or None where it is one piece."""
-        if not self.side or max(size) <= self.side:
+        if not self.is_cut(size):
             return None
         key = (size, self.side, device)
         if key not in self.cuts:
@@ -86,6 +89,7 @@ class TilePlan:
     def shrink(self, size: Size) -> bool:
         """Take fewer tiles at a time, then smaller tiles; tell the user, or return False where nothing is left."""
         self.forget()
+        self.progress.restart()
         self.controls, self.cuts = ControlCuts(), {}
         if self.side and self.batch > 1:
             self.batch //= 2
@@ -99,15 +103,19 @@ class TilePlan:
         self._say(f"tiles of {smaller * PIXELS} x {smaller * PIXELS} pixels, one at a time")
         return True
 
-    def report(self, step: int, steps: int, done: int, calls: int) -> None:
-        """Move the bar of the running node within a step; whole steps are the sampler's own to report.
-
-        Both tell a share of the run. Samplers that call the model more than once in a step do not move it back.
-        """
-        value, total = step * calls + done, steps * calls
-        if done < calls and value / total > self.shown:
-            self.shown = value / total
-            self.bar.update_absolute(value, total)
+    def exhausted(self, size: Size) -> str:
+        """Say to the user that nothing smaller can be tried for a latent of `size`."""
+        if self.obstacle is not None:
+            return (
+                f"{NODE}: out of memory, and the picture cannot be cut into tiles, because there is {self.obstacle}. "
+                "Take it out, or make the picture smaller."
+            )
+        height, width = (min(length, self.side or length) * PIXELS for length in size)
+        piece = f"a tile of {width} x {height}" if self.is_cut(size) else f"{width} x {height}"
+        return (
+            f"{NODE}: out of memory even for {piece} pixels, the least that one model call can be. Close other "
+            "programs; with a graphics card, start ComfyUI with --lowvram or --novram."
+        )
 
     def _say(self, change: str) -> None:
         self.settings.say(f"{NODE}: out of memory; this run goes on with {change}.", logging.WARNING)
@@ -117,7 +125,7 @@ def start_tiling(
     settings: TilingSettings,
     model_options: dict,
     guider: HostObject,
-    shape: Sequence[int],
+    start: Tensor,
     steps: int,
     forget: Callable[[], None],
 ) -> None:
@@ -129,13 +137,13 @@ def start_tiling(
         settings: the node's.
         model_options: of this run; written to.
         guider: the host's, with the run's conditionings bound.
-        shape: (B, C, H, W) of the latent.
+        start: x_lr, (B, C, H, W) in model units: the shape of the latent, and what previews show at first.
         steps: of the schedule.
         forget: called when the cut changes, so that nothing of the old one stays in memory.
     """
-    if len(shape) != 4:
+    if start.ndim != 4:
         return
-    size = (shape[-2], shape[-1])
+    shape, size = start.shape, (start.shape[-2], start.shape[-1])
     side, hindrance = settings.first_side(size), obstacle(guider.conds)
     other = model_options.get(HANDLER)
     if other is not None:
@@ -155,25 +163,30 @@ def start_tiling(
         settings.say(f"{NODE}: sampled in one piece, because there is {hindrance}.", logging.WARNING)
         side = 0
     at_once = settings.call_shape(shape)[0] // shape[0] if side else 1
-    plan = TilePlan(settings, side, settings.overlap, at_once, forget, hindrance)
+    progress = RunProgress(NODE, settings.say, guider.inner_model.latent_format, start)
+    plan = TilePlan(settings, side, settings.overlap, at_once, forget, progress, hindrance)
     model_options[HANDLER] = TileHandler()
     model_options["transformer_options"][PLAN] = plan
-    if side:
-        _announce(plan, guider, shape, steps)
+    _announce(plan, guider, shape, steps)
 
 
 def _announce(plan: TilePlan, guider: HostObject, shape: Sequence[int], steps: int) -> None:
-    """Tell before the first step what a tiled run will be: tiles, model calls, memory."""
+    """Tell before the first step what a run will be: tiles, model calls, memory."""
     height, width = shape[-2], shape[-1]
-    cut = tiles.layout(height, width, plan.side, plan.overlap)
-    rows, *sides = plan.settings.call_shape(shape)
-    halves = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
-    needed = guider.inner_model.memory_required([rows * halves, *sides]) * CONTROL_SHARE
-    calls = -(-len(cut.tiles) // plan.batch)
+    rows, *sides = plan.settings.call_shape(shape) if plan.side else shape
+    kinds = 1 if getattr(guider, "cfg", 1.0) == 1.0 else len(guider.conds)
+    needed = guider.inner_model.memory_required([rows * kinds, *sides]) * CONTROL_SHARE
+    how = f"in one piece, {steps} steps"
+    if plan.side:
+        cut = tiles.layout(height, width, plan.side, plan.overlap)
+        calls = -(-len(cut.tiles) // plan.batch)
+        how = (
+            f"in {cut.columns} x {cut.rows} tiles of {sides[-1] * PIXELS} x {sides[-2] * PIXELS}, {plan.batch} at a "
+            f"time: {calls} model calls in each of {steps} steps"
+        )
     plan.settings.say(
-        f"{NODE}: {width * PIXELS} x {height * PIXELS} pixels in {cut.columns} x {cut.rows} tiles of "
-        f"{sides[-1] * PIXELS} x {sides[-2] * PIXELS}, {plan.batch} at a time: {calls} model calls in each of {steps} "
-        f"steps. Memory beside the models, as ComfyUI estimates it: {needed / 2**20:.0f} MiB.",
+        f"{NODE}: {width * PIXELS} x {height * PIXELS} pixels {how}. Memory beside the models, as ComfyUI estimates "
+        f"it: {max(1.0, needed / 2**20):.0f} MiB.",
         logging.INFO,
     )
 
@@ -210,14 +223,19 @@ class TileHandler(comfy.context_windows.ContextHandlerABC):
         assert plan is not None
         size = (x_in.shape[-2], x_in.shape[-1])
         while True:
+            if plan.progress.measures:
+                plan.progress.model_call(*_position(timestep, model_options))
             try:
                 cut = plan.layout(size, x_in.device)
                 if cut is None:
                     return calc_cond_batch(model, conds, x_in, timestep, model_options)
                 return _blended(plan, cut, calc_cond_batch, model, conds, x_in, timestep, model_options)
             except Exception as error:
-                if not out_of_memory(error) or not plan.shrink(size):
+                if not out_of_memory(error):
                     raise
+                if not plan.shrink(size):
+                    # The host's own kind of error: it then frees the memory of all models.
+                    raise comfy.model_management.OOM_EXCEPTION(plan.exhausted(size)) from error
             # Outside of the handler above: the error holds every tensor of the failed call.
             comfy.model_management.soft_empty_cache()
 
@@ -240,6 +258,7 @@ def _blended(
     canvases = [torch.zeros_like(x_in, dtype=torch.float32) for _ in conds]
     batches = _batches(cut.tiles, 1 if has_areas(conds) else plan.batch)
     step, steps = _position(timestep, model_options)
+    count = 0
     for number, indices in enumerate(batches, start=1):
         comfy.model_management.throw_exception_if_processing_interrupted()
         now = [cut.tiles[index] for index in indices]
@@ -253,7 +272,9 @@ def _blended(
         for canvas, output in zip(canvases, outputs, strict=True):
             for index, values in zip(indices, output.split(batch), strict=True):
                 tiles.add(canvas, cut.tiles[index], cut.shares[index], values)
-        plan.report(step, steps, number, len(batches))
+        count += len(now)
+        plan.progress.tiles_done(step, steps, number, len(batches), canvases[0], cut, count)
+    plan.progress.step_done(canvases[0])
     return [canvas.to(x_in.dtype) for canvas in canvases]
 
 

@@ -17,6 +17,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if "node_modules" not in path.parts
 )
+COMPATIBILITY = ROOT / "docs" / "COMPATIBILITY.md"
 PAPER_MAP = ROOT / "docs" / "PAPER_MAP.md"
 # A path in running text or code; {a,b}, <name>, * and ... stand for several or for anything.
 PATH = re.compile(rf"(?<![\w./-])((?:{FOLDERS})/[\w./*{{}},<>-]*[\w*/}}])")
@@ -131,6 +132,16 @@ def test_the_paper_map_points_from_every_row_to_code_and_to_a_test():
     references = [[code for code in CODE.findall(row) if REFERENCE.match(code)] for row in rows]
     assert sum(bool(found) for found in references) >= 8, "the map names hardly any function as `path.py::name`"
     assert any(code.startswith("tests/") for found in references for code in found)
+
+
+def test_every_row_of_the_matrix_is_a_test_and_every_test_a_row():
+    rows = [line for line in COMPATIBILITY.read_text("utf-8").splitlines() if re.match(r"\|.*\|\s*$", line)]
+    rows = [row for row in rows if not re.match(r"\|[\s:|-]+\|\s*$", row) and not row.endswith("| Test |")]
+    named = {row: {code for code in CODE.findall(row) if REFERENCE.match(code)} for row in rows}
+    assert len(rows) > 20 and not [row for row, references in named.items() if not references]
+    for file in ("test_matrix.py", "test_memory_states.py", "test_large.py"):
+        tests = {f"tests/host/{file}::{name}" for name in defined(ROOT / "tests/host" / file) if name[:5] == "test_"}
+        assert tests and tests <= set().union(*named.values())
 
 
 def test_every_node_has_a_help_page_and_english_names_and_none_is_left_over():

@@ -16,14 +16,20 @@ from typing import Any
 import pytest
 
 INSIDE = "COMFYUI_PATH" in os.environ
-collect_ignore_glob = ["test_hosts.py"] if INSIDE else ["test_[!h]*.py", "test_h[!o]*.py", "rig.py"]
+collect_ignore_glob = ["test_hosts.py"] if INSIDE else ["test_[!h]*.py", "test_h[!o]*.py", "rig.py", "runs.py"]
 
 if INSIDE:
-    spec = importlib.util.spec_from_file_location("clearsr_rig", Path(__file__).with_name("rig.py"))
-    rig = importlib.util.module_from_spec(spec)
-    sys.modules["clearsr_rig"] = rig
-    spec.loader.exec_module(rig)
+    for name in ("rig", "runs"):
+        spec = importlib.util.spec_from_file_location(f"clearsr_{name}", Path(__file__).with_name(f"{name}.py"))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
 
+    import clearsr_rig as rig
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management
+    import comfy.ops
     import torch
 
     @pytest.fixture(autouse=True)
@@ -57,3 +63,24 @@ if INSIDE:
     def controlled(tiny: dict[str, Any], lr: dict[str, Any]) -> Any:
         """The MODEL under control of that picture."""
         return rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=lr["latent"])
+
+    @pytest.fixture(scope="session")
+    def wide(tiny: dict[str, Any]) -> dict[str, Any]:
+        """x_lr of two pictures, 32 x 24 latent: 3 x 2 small tiles."""
+        latent, _ = rig.run("ClearSRLREncode", clearsr=tiny["clearsr"], image=rig.images(2, 60, 45), scale=4.0)
+        assert latent["samples"].shape == (2, 4, 32, 24)
+        return latent
+
+    @pytest.fixture(scope="session")
+    def stock_controlnet(tiny: dict[str, Any]) -> Any:
+        """A ControlNet of the host's own class, random, of the tiny UNet's layout."""
+        config = dict(tiny["model"].model.model_config.unet_config)
+        config.pop("out_channels")
+        network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.manual_cast, device="cpu")
+        rig.module("nodes.self_contained").set_norm_groups(network, 8)
+        shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        network.load_state_dict(rig.draw(shapes, torch.Generator().manual_seed(9)))
+        network.requires_grad_(False)
+        network.dtype = torch.float32
+        device = comfy.model_management.get_torch_device()
+        return comfy.controlnet.ControlNet(network, load_device=device, manual_cast_dtype=torch.float32)

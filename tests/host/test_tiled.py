@@ -2,95 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-
 import clearsr_rig as rig
-import comfy.cldm.cldm
 import comfy.conds
 import comfy.context_windows
 import comfy.controlnet
 import comfy.model_management
-import comfy.ops
-import comfy.sample
-import comfy.samplers
+import comfy.utils
 import pytest
 import torch
+from clearsr_runs import (
+    OVERLAP,
+    POSITIVE,
+    SIDE,
+    SMALL,
+    apply,
+    by_hand,
+    noise_like,
+    predict,
+    sample,
+    seam_score,
+    textured,
+    with_controls,
+)
 
 tiles = rig.module("clearsr_core.tiles")
 tiled = rig.module("nodes.tiled_diffusion")
 tile_conds = rig.module("nodes.tile_conds")
-
-SIDE, OVERLAP = 16, 8  # latent pixels: 128 and 64 in the picture
-SMALL = {"tile_size": 128, "tile_overlap": 64}
-
-
-@pytest.fixture(scope="module")
-def wide(tiny):
-    """x_lr of two pictures, 32 x 24 latent: 3 x 2 tiles."""
-    latent, _ = rig.run("ClearSRLREncode", clearsr=tiny["clearsr"], image=rig.images(2, 60, 45), scale=4.0)
-    assert latent["samples"].shape == (2, 4, 32, 24)
-    return latent
-
-
-def apply(loaded, latent, model=None, **settings):
-    model = model or loaded["model"]
-    return rig.run("ClearSRControlApply", model=model, clearsr=loaded["clearsr"], lr_latent=latent, **settings)
-
-
-def conditioning(seed, tokens=3):
-    return [[torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(seed)), {}]]
-
-
-POSITIVE, NEGATIVE = conditioning(1), conditioning(2)
-
-
-def predict(model, noise, cfg=1.0, positive=POSITIVE, negative=NEGATIVE, sigma=3.0):
-    """The model's estimate x0 of one noisy latent: one step of euler to sigma 0."""
-    return comfy.sample.sample_custom(
-        model,
-        noise,
-        cfg,
-        comfy.samplers.sampler_object("euler"),
-        torch.tensor([sigma, 0.0]),
-        positive,
-        negative,
-        torch.zeros_like(noise),
-        disable_pbar=True,
-        seed=0,
-    )
-
-
-def noise_like(latent, seed=4):
-    return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(seed))
-
-
-def sample(model, latent, cfg=1.0, steps=2):
-    """LSA KSampler with both phases active, going on from nothing that an earlier run left behind."""
-    rig.module("nodes.late_state")._last.clear()
-    return rig.run(
-        "ClearSRLSAKSampler",
-        model=model,
-        lr_latent=latent,
-        seed=3,
-        steps=steps,
-        cfg=cfg,
-        ela_end=0.5,
-        lla_start=0.5,
-        positive=POSITIVE,
-        negative=NEGATIVE,
-    )["samples"]
-
-
-def by_hand(loaded, latent, noise, cut, make_positive=lambda _tile: POSITIVE, **settings):
-    """Each tile sampled as a picture of its own, then blended."""
-    result = torch.zeros_like(noise)
-    for tile, share in zip(cut.tiles, cut.shares, strict=True):
-        entry = {"samples": tile.of(latent["samples"]).clone(), "clearsr": latent["clearsr"]}
-        model = apply(loaded, entry, tile_size=1024)
-        alone = predict(model, tile.of(noise).clone(), positive=make_positive(tile), **settings)
-        tiles.add(result, tile, share, alone)
-    return result
 
 
 @pytest.fixture
@@ -183,28 +120,6 @@ def test_unneeded_control_is_not_kept(tiny, wide, monkeypatch) -> None:
 
 
 # ---- other things in the conditioning -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stock_controlnet(tiny):
-    """A ControlNet of the host's own class, random, of the tiny UNet's layout."""
-    config = dict(tiny["model"].model.model_config.unet_config)
-    config.pop("out_channels")
-    network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.manual_cast, device="cpu")
-    rig.module("nodes.self_contained").set_norm_groups(network, 8)
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    network.load_state_dict(rig.draw(shapes, torch.Generator().manual_seed(9)))
-    network.requires_grad_(False)
-    network.dtype = torch.float32
-    device = comfy.model_management.get_torch_device()
-    return comfy.controlnet.ControlNet(network, load_device=device, manual_cast_dtype=torch.float32)
-
-
-def with_controls(*controls):
-    """POSITIVE with a chain of ControlNets."""
-    for before, one in itertools.pairwise(controls):
-        one.set_previous_controlnet(before)
-    return [[POSITIVE[0][0], {"control": controls[-1], "control_apply_to_uncond": True}]]
 
 
 @pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (3, 2.5)])
@@ -302,70 +217,13 @@ def test_areas_in_a_run(tiny, wide) -> None:
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_is_told_from_other_errors() -> None:
-    known = rig.module("nodes.compat").out_of_memory
-    assert known(comfy.model_management.OOM_EXCEPTION("CUDA out of memory")) and known(MemoryError())
-    for text in ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory: you tried to"):
-        assert known(RuntimeError(text))
-    interrupted = comfy.model_management.InterruptProcessingException()
-    assert not any(map(known, (RuntimeError("sizes differ"), ValueError("out of memory"), interrupted)))
-
-
-def test_out_of_memory_goes_on_with_less(tiny, wide, caplog, monkeypatch) -> None:
-    """Fewer tiles at a time, then smaller tiles; the result is what those settings give, and the next run is new."""
-    model = apply(tiny, wide, tile_size=192, tile_overlap=64, tiles_per_batch=4)
-    expected = sample(apply(tiny, wide, **SMALL, tiles_per_batch=1), wide, cfg=2.0)
-    monkeypatch.setattr(tiled, "_SMALLER_SIDES", (24, SIDE))
-    network = tiny["clearsr"].control.model
-    inner, shapes = network.forward, []
-
-    def forward(x_lr, *more, **options):
-        shapes.append(tuple(x_lr.shape))
-        if x_lr.shape[-1] > SIDE:
-            raise comfy.model_management.OOM_EXCEPTION("out of memory")
-        return inner(x_lr, *more, **options)
-
-    for _ in range(2):
-        shapes.clear(), caplog.clear()
-        monkeypatch.setattr(network, "forward", forward)
-        assert torch.equal(sample(model, wide, cfg=2.0), expected)
-        monkeypatch.setattr(network, "forward", inner)
-        assert [shape for shape in shapes if shape[-1] > SIDE] == [(4, 4, 24, 24), (2, 4, 24, 24)]
-        said = [record.message for record in caplog.records if "out of memory" in record.message]
-        assert len(said) == 2 and "tiles at a time (1)" in said[0] and "128 x 128 pixels" in said[1]
-
-
-def test_out_of_memory_in_one_piece_goes_on_in_tiles(tiny, wide, monkeypatch) -> None:
-    expected = sample(apply(tiny, wide, **SMALL), wide)
-    monkeypatch.setattr(tiled, "_SMALLER_SIDES", (SIDE,))
-    network = tiny["clearsr"].control.model
-    inner = network.forward
-
-    def forward(x_lr, *more, **options):
-        if x_lr.shape[-1] > SIDE:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return inner(x_lr, *more, **options)
-
-    monkeypatch.setattr(network, "forward", forward)
-    assert torch.equal(sample(apply(tiny, wide, tile_overlap=64), wide), expected)
-
-
-def test_out_of_memory_with_nothing_smaller_and_other_errors(tiny, wide, monkeypatch) -> None:
-    network = tiny["clearsr"].control.model
-    for error in (comfy.model_management.OOM_EXCEPTION("out of memory"), RuntimeError("something else")):
-
-        def forward(*_more, error=error, **_options):
-            raise error
-
-        monkeypatch.setattr(network, "forward", forward)
-        with pytest.raises(type(error), match=str(error)):
-            sample(apply(tiny, wide, **SMALL), wide)
-
-
-def test_interrupt_between_tiles_and_the_next_run(tiny, wide, monkeypatch) -> None:
+@pytest.mark.parametrize("stage", ["control", "UNet"])
+def test_interrupt_in_the_middle_of_a_tile_and_the_next_run(tiny, wide, monkeypatch, stage) -> None:
+    """Stopped in the third tile, before its UNet comes to an end; nothing is left behind, the next run is as before."""
     model = apply(tiny, wide, **SMALL)
     expected = sample(model, wide)
-    network = tiny["clearsr"].control.model
+    unet = tiny["model"].model.diffusion_model
+    network = tiny["clearsr"].control.model if stage == "control" else unet.middle_block[0]
     inner, calls = network.forward, []
 
     def forward(*more, **options):
@@ -374,11 +232,13 @@ def test_interrupt_between_tiles_and_the_next_run(tiny, wide, monkeypatch) -> No
             comfy.model_management.interrupt_current_processing(True)
         return inner(*more, **options)
 
-    monkeypatch.setattr(network, "forward", forward)
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        sample(model, wide)
-    assert len(calls) == 3
-    monkeypatch.setattr(network, "forward", inner)
+    with monkeypatch.context() as patch, rig.count_calls(unet.out, "forward") as finished:
+        patch.setattr(network, "forward", forward)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(model, wide)
+    assert len(calls) == 3 and len(finished) == 2
+    assert "context_handler" not in model.model_options
+    assert not any(str(key).startswith("clearsr") for key in model.model_options["transformer_options"])
     assert torch.equal(sample(model, wide), expected)
 
 
@@ -432,27 +292,6 @@ def test_widgets_are_brought_to_the_grid(tiny, wide, caplog) -> None:
             apply(tiny, wide, tile_size=size, tile_overlap=overlap)
 
 
-def test_the_run_is_announced(tiny, wide, caplog) -> None:
-    caplog.set_level(logging.INFO)
-    sample(apply(tiny, wide, **SMALL, tiles_per_batch=4), wide, steps=5)
-    assert "192 x 256 pixels in 2 x 3 tiles of 128 x 128, 4 at a time: 2 model calls in each of 5 steps" in caplog.text
-    caplog.clear()
-    sample(apply(tiny, wide), wide)
-    assert "tiles" not in caplog.text
-
-
-def test_progress_moves_with_the_tiles(tiny, wide, monkeypatch) -> None:
-    """One bar for the run, in sixths of a step; it never moves back, and only the sampler's own steps fill it."""
-    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
-    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_PERCENT", 0.0, raising=False)
-    rig.progress.clear()
-    sample(apply(tiny, wide, **SMALL), wide, steps=2)
-    shares = [value / total for value, total, _ in rig.progress]
-    assert shares == sorted(shares) and shares[-1] == 1.0
-    assert set(range(1, 13)) <= {round(share * 12) for share in shares}
-    assert {(1, 2), (2, 2)} <= {(value, total) for value, total, _ in rig.progress}
-
-
 def test_memory_is_asked_for_one_batch_of_tiles(tiny, wide) -> None:
     for settings, rows, sides in (
         ({}, 3, (32, 24)),
@@ -466,34 +305,18 @@ def test_memory_is_asked_for_one_batch_of_tiles(tiny, wide) -> None:
         assert list(calls[0][0][0]) == [2 * rows, 4, *sides]
 
 
+def test_memory_is_asked_for_the_whole_where_it_cannot_be_cut(tiny, wide, monkeypatch) -> None:
+    monkeypatch.setattr(tiled, "AUTOMATIC_AREA", 1)
+    monkeypatch.setattr(tiled, "AUTOMATIC_SIDE", SIDE)
+    foreign = Foreign().set_cond_hint(torch.zeros(1, 3, 64, 64))
+    for positive, sides in ((POSITIVE, (16, 16)), (with_controls(foreign), (32, 24))):
+        model = apply(tiny, wide, tile_overlap=64)
+        with rig.count_calls(model.model, "memory_required") as calls:
+            predict(model, noise_like(wide), positive=positive)
+        assert list(calls[0][0][0]) == [2 * 3, 4, *sides]
+
+
 # ---- what is seen ---------------------------------------------------------------------------------------------------
-
-
-def textured(count, height, width):
-    """Pictures with the 1/f spectrum of photographs: random grids of every size, coarse ones strongest."""
-    generator = torch.Generator().manual_seed(8)
-    picture = torch.full((count, 3, height, width), 0.5)
-    for octave in range(1, 7):
-        grid = torch.rand(count, 3, 2**octave, 2**octave, generator=generator) - 0.5
-        picture += torch.nn.functional.interpolate(grid, (height, width), mode="bicubic") * 0.5**octave * 1.5
-    return picture.clamp(0, 1).movedim(1, -1)
-
-
-def seam_score(picture, cut):
-    """Mean gradient across the borders of tiles and the middles of their overlaps, over the mean gradient elsewhere."""
-    luma, at_borders, elsewhere = picture.mean(dim=-1), [], []
-    for dim, pieces in (
-        (1, sorted({(tile.top, tile.height) for tile in cut.tiles})),
-        (2, sorted({(tile.left, tile.width) for tile in cut.tiles})),
-    ):
-        borders = set()
-        for (start, size), (following, _) in itertools.pairwise(pieces):
-            borders |= {8 * following, 4 * (start + size + following), 8 * (start + size)}
-        lines = luma.diff(dim=dim).abs().movedim(dim, 0).flatten(1).mean(dim=1)  # of line i: between i and i + 1
-        crossing = torch.tensor([line + 1 in borders for line in range(len(lines))])
-        at_borders.append(lines[crossing])
-        elsewhere.append(lines[~crossing])
-    return float(torch.cat(at_borders).mean() / torch.cat(elsewhere).mean())
 
 
 def test_seams_cannot_be_seen() -> None:
