@@ -91,7 +91,8 @@ def test_copies_for_further_devices_have_the_same_dtype(monkeypatch, tiny) -> No
 def test_attention_logits_beyond_float16_stay_numbers(monkeypatch, kernel, biased) -> None:
     """SD 2's logits leave float16's range: 64 channels of 64 x 64 are 262144 before the division."""
     chosen = getattr(kernels, kernel)
-    monkeypatch.setattr(attention, "optimized_attention_for_device", lambda *_a, **_o: chosen)
+    monkeypatch.setattr(kernels, "optimized_attention", chosen)
+    monkeypatch.setattr(kernels, "optimized_attention_for_device", lambda *_a, **_o: chosen)
     generator = torch.Generator().manual_seed(0)
     q = 64.0 * torch.randn(2, 3, 16, 64, generator=generator).sign()
     k, v = q.clone(), torch.randn(2, 3, 16, 64, generator=generator)
