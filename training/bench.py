@@ -36,14 +36,14 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 WAYS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ours, encoder checkpointed": {"checkpointing": "encoder"},
-    "ours, bfloat16": {"precision": "bfloat16"},
-    "ours, bfloat16, encoder checkpointed": {"precision": "bfloat16", "checkpointing": "encoder"},
-    "ours, bfloat16, all checkpointed": {"precision": "bfloat16", "checkpointing": "all"},
+    "ours + encoder checkpointed": {"checkpointing": "encoder"},
+    "ours + bfloat16": {"precision": "bfloat16"},
+    "ours + bfloat16 + encoder checkpointed": {"precision": "bfloat16", "checkpointing": "encoder"},
+    "ours + bfloat16 + all checkpointed": {"precision": "bfloat16", "checkpointing": "all"},
 }
 GPU_WAYS: dict[str, dict[str, Any]] = {
-    "ours, bfloat16, degraded on the GPU": {"precision": "bfloat16", "degrade_on": "device"},
-    "ours, bfloat16, degraded on the GPU, compiled": {
+    "ours + bfloat16 + degraded on the GPU": {"precision": "bfloat16", "degrade_on": "device"},
+    "ours + bfloat16 + degraded on the GPU + compiled": {
         "precision": "bfloat16", "degrade_on": "device", "compile": True
     },
 }  # fmt: skip

@@ -68,3 +68,10 @@ def test_a_dry_run_plans_and_leaves_nothing(chain: Path, tmp_path: Path, caplog)
     assert "steps in an epoch" in caplog.text
     assert "DPM" in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_every_way_can_be_asked_for_by_its_name():
+    names = (*bench.WAYS, *bench.GPU_WAYS)
+    for asked in ((names[0],), names):
+        settings = config.build(bench.BenchSettings, config.parse_overrides([f"--ways={','.join(asked)}"]))
+        assert settings.ways == asked
