@@ -49,6 +49,7 @@ class Request:
     vae_pixels: int = 1024  # largest side that is encoded and decoded
     only: tuple[str, ...] = ()  # of the ways; none = all
     parts: bool = True
+    clock: str = "wall"  # or "processor", of a CPU
 
 
 @dataclass
@@ -109,14 +110,14 @@ def _rounds(scene: Scene, series: Series, request: Request) -> Iterator[int]:
     for name, part in parts.items():  # also the first, slow call of each network
         series.operations[name] = _multiply_adds(part)
 
-    watch = Watch(scene.device, _networks(scene))
+    watch = Watch(scene.device, _networks(scene), request.clock)
     for number in range(request.rounds):
         for name, part in parts.items():
-            series.parts[name].append(measure(scene.device, part))
+            series.parts[name].append(measure(scene.device, part, clock=request.clock))
         for name in _turned(list(chosen), number):
             scene.seed += 1  # LSA KSampler would repeat only the last steps of an equal run
             way = chosen[name]
-            turn = measure(scene.device, lambda way=way: way(scene), watch)
+            turn = measure(scene.device, lambda way=way: way(scene), watch, request.clock)
             series.ways[name].append(turn)
             place = (series.pixels, scene.cfg, number + 1, name)
             log.info("%d pixels, cfg %g, round %d, %s: %.2f s", *place, turn.seconds)

@@ -123,7 +123,8 @@ def markdown(result: dict) -> str:
     sizes = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in result["parameters"].items())
     text = (
         f"Model {request['size']} ({sizes}), {machine['dtype']}, {machine['device']}, {machine['threads']} threads, "
-        f"ComfyUI {machine['comfyui']}, torch {machine['torch']}, {machine['date']}. {request['steps']} steps.\n"
+        f"ComfyUI {machine['comfyui']}, torch {machine['torch']}, {machine['date']}. {request['steps']} steps, "
+        f"{request['clock']} clock.\n"
     )
     for series in result["series"]:
         rounds = len(next(iter(series["ways"].values())))

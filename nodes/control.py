@@ -171,7 +171,8 @@ class ClearSRControlApply(io.ComfyNode):
                     step=1,
                     advanced=True,
                     tooltip="Compute the control anew at every n-th step only. 1 = at each step, exact; 2 saves about "
-                    "a fifth of the time. Models trained with a fixed control time compute it once by themselves.",
+                    "a sixth of the time, large numbers lose detail. Models trained with a fixed control time compute "
+                    "it once by themselves.",
                 ),
                 widget(
                     io.String,

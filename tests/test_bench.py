@@ -79,7 +79,11 @@ def test_the_page_says_what_was_met_and_what_was_missed() -> None:
     machine = {"dtype": "float32", "device": "a processor", "threads": 2, "comfyui": "0", "torch": "2", "date": "today"}
     one = series()
     one["ways"]["ours"] = [turn(9.0, 4.0, 2.0, 4), turn(18.0, 8.0, 4.0, 4)]
-    result = {"request": {"size": "toy", "steps": 4, "rounds": 2}, "machine": machine, "parameters": {"UNet": 1e6}}
+    result = {
+        "request": {"size": "toy", "steps": 4, "rounds": 2, "clock": "wall"},
+        "machine": machine,
+        "parameters": {"UNet": 1e6},
+    }
     page = report.markdown({**result, "series": [one]})
     assert "missed by" in page
     assert "met" in page
@@ -93,6 +97,7 @@ def test_the_page_says_what_was_met_and_what_was_missed() -> None:
         (["--pixels=many"], "expected numbers"),
         (["--cfg="], "--cfg needs a number"),
         (["--rounds=0"], "at least 1"),
+        (["--device=cuda", "--clock=processor"], "of a CPU"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_starts(options, complaint, monkeypatch) -> None:

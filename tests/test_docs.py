@@ -59,6 +59,11 @@ def exists(path: str) -> bool:
     return all(any(ROOT.glob(way.rstrip("/"))) if "*" in way else (ROOT / way).exists() for way in expand(path))
 
 
+def runnable(path: Path) -> tuple[Path, Path]:
+    """Return what `python -m` would run for a module or a package."""
+    return path.with_suffix(".py"), path / "__main__.py"
+
+
 def defined(path: Path) -> set[str]:
     """Names of the functions, classes, methods (Class.method) and constants of a Python file."""
     names = set()
@@ -101,11 +106,12 @@ def test_commands_and_presets_exist(document):
     text = document.read_text("utf-8")
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     presets = {path.stem for path in (ROOT / "training" / "presets").glob("*.toml")}
-    modules = {name for name in MODULE.findall(text) if not (ROOT / (name.replace(".", "/") + ".py")).is_file()}
+    modules = {name: ROOT / name.replace(".", "/") for name in MODULE.findall(text)}
+    missing = [name for name, path in modules.items() if not any(map(Path.is_file, runnable(path)))]
     in_code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
     assert not {target for target in MAKE.findall(in_code) if target not in targets}
     assert not {preset for preset in PRESET.findall(text) if preset not in presets and preset != "NAME"}
-    assert not modules
+    assert not missing
 
 
 @each_document

@@ -45,9 +45,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     **{f"dpmpp_2m{steps}": _few("dpmpp_2m", steps) for steps in (20, 10)},
     **{f"dpmpp_2m_sde{steps}": _few("dpmpp_2m_sde", steps) for steps in (20, 10)},
     **{f"euler{steps}": _few("euler", steps) for steps in (20,)},
-    "ddpm20_every2": {**_few("ddpm", 20), CONTROL: {"control_every": 2}},
+    **{
+        f"dpmpp_2m_sde20_every{every}": {**_few("dpmpp_2m_sde", 20), CONTROL: {"control_every": every}}
+        for every in (2, 5)
+    },
     "ddpm20_once": {**_few("ddpm", 20), CONTROL: {"control_every": 20}},
-    "dpmpp_2m_sde20_once": {**_few("dpmpp_2m_sde", 20), CONTROL: {"control_every": 20}},
     **{
         f"lazycache{name}": {SAMPLER: _PAPER, "LazyCache": {"reuse_threshold": value}}
         for name, value in (("005", 0.05), ("02", 0.2))
