@@ -32,6 +32,8 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu, args.base_directory, args.disable_api_nodes = True, str(BASE), True
 args.database_url = "sqlite:///:memory:"
+# On a processor ComfyUI's own attention takes whatever memory is free: 16 GiB for 2048 x 2048 pixels in the VAE.
+args.use_pytorch_cross_attention = "large" in sys.argv
 
 import utils.extra_config  # noqa: E402, F401
 import nodes  # noqa: E402
