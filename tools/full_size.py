@@ -33,7 +33,8 @@ SCALE = 4
 FLAT = 2.0  # standard deviation of a channel, of 255, below which a picture shows nothing
 # What ComfyUI and the pack say about precision, memory and models that are not what a file was made for.
 _TELLING = re.compile(
-    r"weight dtype|VAE load device|clearsr|ClearSR|LR Latent Encode|Control Apply|invalid value|Error"
+    r"model weight dtype.*|VAE load device.*|(ClearSR Loader|LR Latent Encode|DPM/SPM Control Apply|LSA KSampler): .*"
+    r"|.*invalid value.*"
 )
 
 
@@ -126,8 +127,9 @@ def measure(host: Host, server: Server, small: Path, steps: int, options: tuple[
 def tell(report: Report, log: str) -> None:
     """Print the report, what the log says about it, and its row of the table in docs/FULL_SIZE.md."""
     for line in log.splitlines():
-        if _TELLING.search(line):
-            print(f"  log: {line.strip()[:160]}")
+        found = _TELLING.search(line)
+        if found is not None:
+            print(f"  log: {found.group().strip()}")
     parts = [f"{report.nodes.get(title, 0.0):.0f}" for title in ("LR Latent Encode", "LSA KSampler", "VAE Decode")]
     step = "-" if report.step_seconds is None else f"{report.step_seconds:.1f}"
     peak = "-" if report.peak_gib is None else f"{report.peak_gib:.1f}"
