@@ -104,36 +104,6 @@ def test_attention_logits_beyond_float16_stay_numbers(monkeypatch, kernel, biase
     torch.testing.assert_close(result.float(), expected, rtol=2e-3, atol=2e-3)
 
 
-def pretend_little_memory(patch, state, free) -> None:
-    """Let the host treat the processor as a card with little memory, and decide by itself what it loads."""
-
-    def free_memory(_device=None, torch_free_too=False):
-        return (free, free) if torch_free_too else free
-
-    patch.setattr(comfy.model_management, "is_device_cpu", lambda _device: False)
-    patch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState[state])
-    patch.setattr(comfy.model_management, "get_free_memory", free_memory)
-
-
-@pytest.mark.parametrize("state", ["NO_VRAM", "LOW_VRAM", "NORMAL_VRAM", "HIGH_VRAM"])
-def test_every_state_of_memory_gives_the_same_picture(monkeypatch, tiny, lr, state) -> None:
-    """--novram, --lowvram, none, --highvram: how many weights are loaded decides nothing but the speed."""
-    expected = sample(tiny["model"], tiny["clearsr"], lr["latent"])
-    comfy.model_management.unload_all_models()
-    model, _, clearsr = rig.run("ClearSRLoader", checkpoint=tiny["name"])
-    # ComfyUI keeps 1.2 GB back for computing; what is free beyond that takes half of these weights.
-    free = comfy.model_management.minimum_inference_memory() + clearsr.control.model_size() // 2
-    with monkeypatch.context() as patch:
-        pretend_little_memory(patch, state, free)
-        latent, _ = rig.run("ClearSRLREncode", clearsr=clearsr, image=rig.images(), scale=4.0)
-        result = sample(model, clearsr, latent)
-        partly = clearsr.control.loaded_size() < clearsr.control.model_size()
-        assert partly == (state in ("NO_VRAM", "LOW_VRAM", "NORMAL_VRAM"))
-        comfy.model_management.unload_all_models()
-    torch.testing.assert_close(latent["samples"], lr["latent"]["samples"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.fixture(scope="module")
 def half_vae():
     """Stable Diffusion's VAE at its size, random, as graphics cards run it."""
