@@ -77,7 +77,7 @@ def test_the_command_gives_the_pictures_of_restore_and_goes_on(
     made: list[float] = []
     over_betas = sweep.over_betas
     monkeypatch.setattr(
-        sweep, "over_betas", lambda *given: (made.extend(lsa.lla_strength for lsa in given[-1]), over_betas(*given))[1]
+        sweep, "over_betas", lambda *given: (made.extend(lsa.lla_strength for lsa in given[4]), over_betas(*given))[1]
     )
     assert sweep.main([*arguments, "--betas=0,0.3"]) == 0
     assert made == [0.3, 0.3]
