@@ -35,7 +35,6 @@ class GridRun:
     alphas: tuple[float, ...]
     betas: tuple[float, ...]
     baselines: tuple[str, ...] = ()  # restored and measured beside it
-    only_equal: bool = False  # alpha = beta, or one of them 0
     seed: int = 0
 
 
@@ -45,7 +44,6 @@ def grid(experiment: Experiment, here: Work) -> results.Stored:
     folder = here.here / "lsa"
     progress = work.Progress(len(run.alphas) + len(run.baselines) + 1)
     for alpha in run.alphas:
-        betas = tuple(beta for beta in run.betas if not run.only_equal or 0.0 in (alpha, beta) or alpha == beta)
         progress.begin(f"{experiment.name}, alpha {alpha:g}")
         sweep.restore_grid(
             config.build(
@@ -56,7 +54,7 @@ def grid(experiment: Experiment, here: Work) -> results.Stored:
                     "lr": here.lr,
                     "out": folder,
                     "alphas": (alpha,),
-                    "betas": betas,
+                    "betas": run.betas,
                     "limit": len(here.pairs),
                     "steps": run.steps,
                     "denoise": run.denoise,
@@ -70,7 +68,6 @@ def grid(experiment: Experiment, here: Work) -> results.Stored:
         sweep.setting_name(alpha, beta): folder / sweep.setting_name(alpha, beta)
         for alpha in run.alphas
         for beta in run.betas
-        if not run.only_equal or 0.0 in (alpha, beta) or alpha == beta
     }
     for name in run.baselines:
         progress.begin(f"{experiment.name}, {name}")
