@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -42,7 +43,8 @@ class OverlapSettings:
     held: tuple[Path, ...]  # what is measured on
     report: Path = Path()  # JSON file; empty = none
     limit: int = 0  # only the first pictures of each folder in `held`; 0 = all
-    distance: int = 6  # hashes of 63 bits that differ in so many or fewer are of the same picture
+    distance: int = 6  # hashes of 63 bits that differ in so many or fewer are looked at again
+    likeness: float = 0.85  # correlation of 32 x 32 cells from which on these are of the same picture
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Match:
     held: str
     data: str
     distance: int  # bits that differ
+    likeness: float  # correlation
     window: tuple[int, int, int, int]  # left, top, width, height in pixels of the picture in `data`
 
 
@@ -126,22 +129,36 @@ def _between(sums: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def signatures(picture: np.ndarray) -> np.ndarray:
-    """Return the hashes of a whole picture (H, W, 3) uint8, as it is and mirrored: (2, 63) bool."""
+    """Return the cells of a whole picture (H, W, 3) uint8, as it is and mirrored: (2, CELLS, CELLS)."""
     small = grey(picture)
     place = np.array([[0.0, 0.0, small.shape[1], small.shape[0]]])
-    return hashes(np.concatenate([cells_of(summed(one), place) for one in (small, small[:, ::-1])]))
+    return np.concatenate([cells_of(summed(one), place) for one in (small, small[:, ::-1])])
 
 
-def search(picture: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def correlations(cells: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the correlation of each of (n, CELLS, CELLS) with (CELLS, CELLS), -1 .. 1; 0 where one is flat."""
+    first, second = cells.reshape(len(cells), -1), other.ravel()
+    first, second = first - first.mean(axis=1, keepdims=True), second - second.mean()
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second)
+    return (first @ second) / np.where(lengths > 0.0, lengths, np.inf)
+
+
+class Found(NamedTuple):
+    """The place in a picture that is nearest to each of n others."""
+
+    distances: np.ndarray  # (n,) bits that differ
+    likenesses: np.ndarray  # (n,) correlation of the cells
+    places: np.ndarray  # (n, 4) left, top, width, height
+
+
+def search(picture: np.ndarray, looked_for: np.ndarray) -> Found:
     """Look for pictures in another one.
 
     Args:
         picture: (H, W, 3) uint8.
-        wanted: (n, 2, 63) bool, of `signatures`.
-
-    Returns:
-        (n,) the fewest bits in which any place differs, and (n, 4) that place in pixels of `picture`.
+        looked_for: (n, 2, CELLS, CELLS), of `signatures`.
     """
+    wanted = hashes(looked_for.reshape(-1, CELLS, CELLS)).reshape(len(looked_for), 2, -1)
     small = grey(picture)
     sums, places = summed(small), np.array(list(windows(*small.shape)))
     differ = _differing(hashes(cells_of(sums, places)), wanted)  # (places, n)
@@ -153,7 +170,9 @@ def search(picture: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndar
             found = _differing(hashes(cells_of(sums, around)), wanted[number : number + 1])[:, 0]
             if found.min() < fewest[number]:
                 fewest[number], best[number] = found.min(), around[found.argmin()]
-    return fewest, best * (picture.shape[1] / small.shape[1])
+    cells = cells_of(sums, best)
+    likenesses = [correlations(both, one).max() for both, one in zip(looked_for, cells, strict=True)]
+    return Found(fewest, np.array(likenesses), best * (picture.shape[1] / small.shape[1]))
 
 
 def _differing(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -181,12 +200,12 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def run(settings: OverlapSettings) -> list[Match]:
-    """Look for every picture of `held` in every picture of `data`; return what was found, nearest first."""
+    """Look for every picture of `held` in every picture of `data`; return what was found, likest first."""
     held = [path for folder in settings.held for path in _pictures(folder)[: settings.limit or None]]
     if not held:
         raise config.ConfigError("--held names no folder.")
     wanted = np.stack([signatures(read_rgb(path)) for path in held])
-    matches, nearest = [], np.full(len(held), wanted.shape[-1])
+    matches, nearest = [], np.full(len(held), KEPT**2)
     searched = _pictures(settings.data)
     for path in tqdm(searched, unit="picture"):
         try:
@@ -194,17 +213,20 @@ def run(settings: OverlapSettings) -> list[Match]:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             log.warning("%s cannot be read (%s); training leaves it out as well.", path.name, reason(error))
             continue
-        differ, places = search(picture, wanted)
-        nearest = np.minimum(nearest, differ)
-        for number in np.flatnonzero(differ <= settings.distance):
-            left, top, width, height = (int(value) for value in places[number].round())
-            matches.append(Match(held[number].name, path.name, int(differ[number]), (left, top, width, height)))
-    matches.sort(key=lambda match: match.distance)
+        found = search(picture, wanted)
+        nearest = np.minimum(nearest, found.distances)
+        alike = (found.distances <= settings.distance) & (found.likenesses >= settings.likeness)
+        for number in np.flatnonzero(alike):
+            left, top, width, height = (int(value) for value in found.places[number].round())
+            distance, likeness = int(found.distances[number]), round(float(found.likenesses[number]), 3)
+            matches.append(Match(held[number].name, path.name, distance, likeness, (left, top, width, height)))
+    matches.sort(key=lambda match: -match.likeness)
     if settings.report != Path():
         content = {
             "held": len(held),
             "data": len(searched),
             "distance": settings.distance,
+            "likeness": settings.likeness,
             "nearest": np.bincount(nearest).tolist(),  # number of pictures in `held` by the fewest bits that differ
             "matches": [asdict(match) for match in matches],
         }
@@ -222,7 +244,7 @@ def main(arguments: list[str]) -> int:
         log.error("%s", error)
         return 1
     for match in matches:
-        log.warning("%s is in %s at %s: %d bits differ.", match.held, match.data, match.window, match.distance)
+        log.warning("%s is in %s at %s: correlation %g.", match.held, match.data, match.window, match.likeness)
     if matches:
         log.warning("%d found: look at them, and take them out.", len(matches))
     else:

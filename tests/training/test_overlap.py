@@ -44,15 +44,25 @@ CHANGES = {
 def test_a_picture_is_found_after(change: str, leaves: list[np.ndarray]) -> None:
     held = np.asarray(CHANGES[change](Image.fromarray(leaves[0])).convert("RGB"))
     wanted = overlap.signatures(held)[None]
-    limit = overlap.OverlapSettings.distance
-    assert overlap.search(leaves[0], wanted)[0][0] <= limit
-    assert all(overlap.search(other, wanted)[0][0] > limit for other in leaves[1:])
+
+    def same(picture: np.ndarray) -> bool:
+        found = overlap.search(picture, wanted)
+        settings = overlap.OverlapSettings
+        return bool(found.distances[0] <= settings.distance and found.likenesses[0] >= settings.likeness)
+
+    assert same(leaves[0])
+    assert not any(same(other) for other in leaves[1:])
+
+
+def test_the_correlation_ignores_brightness_and_contrast_and_knows_flat_pictures() -> None:
+    cells = np.random.default_rng(0).random((2, overlap.CELLS, overlap.CELLS))
+    assert overlap.correlations(cells, 2.0 * cells[0] + 5.0) == pytest.approx([1.0, 0.0], abs=0.1)
+    assert overlap.correlations(cells, np.zeros_like(cells[0])).tolist() == [0.0, 0.0]
 
 
 def test_the_place_of_a_part_is_told(leaves: list[np.ndarray]) -> None:
     wanted = overlap.signatures(leaves[1][120:420, 360:660])[None]
-    _, places = overlap.search(leaves[1], wanted)
-    assert places[0] == pytest.approx([360, 120, 300, 300], abs=40)
+    assert overlap.search(leaves[1], wanted).places[0] == pytest.approx([360, 120, 300, 300], abs=40)
 
 
 def test_cells_are_means_of_their_pixels() -> None:

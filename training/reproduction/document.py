@@ -21,7 +21,7 @@ PLACES = {**DIGITS, "d_kl": 4, "high": 3}
 SPLITS = {
     results.HELD_OUT: "held out: RealSR crops that nothing was tuned on",
     results.PHOTOGRAPHS: "held out: photographs that nothing was tuned on, degraded",
-    results.TUNING: "tuning: the first 20 RealSR crops, by which settings and models were chosen",
+    results.TUNING: "tuning: of the first 20 RealSR crops, by which settings and models were chosen",
 }
 
 _HEAD = """# The paper's tables and figures, made again
@@ -95,7 +95,7 @@ def _checks(experiment: Experiment, stored: Stored) -> str:
         if one is None:
             rows.append([*row, "–", *(["–"] if experiment.trained else []), "not measured"])
             continue
-        digits = PLACES[check.measure]
+        digits = PLACES[check.measure] + 1
         row.append(_signed(one.pictures.mean, one.pictures.half_width, digits))
         if one.seeds is not None:
             row.append(_signed(one.seeds.mean, one.seeds.half_width, digits))
