@@ -122,6 +122,19 @@ def step_pictures(
             yield output.step + 1, to_bytes(to_pixels(model, latent, encoded.size)[0])
 
 
+def measure_picture(
+    model: ClearSRModel, lr: Path, reference: np.ndarray | None, settings: CalibrateSettings
+) -> dict[str, dict[int, float]]:
+    """Return `niqe` and, with a reference (H, W, 3) uint8, `psnr` of the watched steps of one picture."""
+    values: dict[str, dict[int, float]] = {"niqe": {}}
+    pictures = step_pictures(model, read_pixels(lr), settings.seed, settings.steps, settings.every, settings.of)
+    for step, picture in pictures:
+        values["niqe"][step] = metrics.niqe(picture)
+        if reference is not None:
+            values.setdefault("psnr", {})[step] = metrics.psnr_y(picture, reference)
+    return values
+
+
 def measure_steps(settings: CalibrateSettings) -> tuple[dict[str, Curve], float]:
     """Return the mean curves `niqe` and, where there are good pictures, `psnr`; and NIQE(HR), NaN if not known."""
     if settings.hr != Path():
@@ -132,17 +145,13 @@ def measure_steps(settings: CalibrateSettings) -> tuple[dict[str, Curve], float]
     model = ClearSRModel.from_checkpoint(settings.checkpoint)
     values: dict[str, dict[int, list[float]]] = {"niqe": {}, "psnr": {}}
     good: list[float] = []
-    with tqdm(total=len(pairs) * len(watched_steps(settings.steps, settings.every)), unit="step") as progress:
-        for lr, hr in pairs:
-            reference = None if hr is None else read_rgb(hr)
-            if reference is not None:
-                good.append(metrics.niqe(reference))
-            pictures = step_pictures(model, read_pixels(lr), settings.seed, settings.steps, settings.every, settings.of)
-            for step, picture in pictures:
-                values["niqe"].setdefault(step, []).append(metrics.niqe(picture))
-                if reference is not None:
-                    values["psnr"].setdefault(step, []).append(metrics.psnr_y(picture, reference))
-                progress.update()
+    for lr, hr in tqdm(pairs, unit="picture"):
+        reference = None if hr is None else read_rgb(hr)
+        if reference is not None:
+            good.append(metrics.niqe(reference))
+        for key, curve in measure_picture(model, lr, reference, settings).items():
+            for step, value in curve.items():
+                values[key].setdefault(step, []).append(value)
     curves = {key: {step: summarise(found) for step, found in table.items()} for key, table in values.items() if table}
     return curves, summarise(good).mean if math.isnan(settings.niqe_hr) else settings.niqe_hr
 

@@ -60,6 +60,7 @@ class SweepSettings:
     betas: tuple[float, ...] = (0.0, 0.01, 0.02, 0.03)
     limit: int = 0  # only the first pairs by name; 0 = all
     steps: int = 50
+    denoise: float = 1.0  # below 1: start part of the way, from x_lr
     seed: int = 0
     ela_end: float = 0.3
     lla_start: float = 0.88
@@ -79,7 +80,7 @@ def setting_name(alpha: float, beta: float) -> str:
 
 @torch.no_grad()
 def over_betas(
-    model: ClearSRModel, encoded: EncodedLR, seed: int, steps: int, settings: list[LSAConfig]
+    model: ClearSRModel, encoded: EncodedLR, seed: int, steps: int, settings: list[LSAConfig], denoise: float = 1.0
 ) -> Iterator[Tensor]:
     """Yield what `pipeline.restore` gives for each of `settings`, which differ in beta only; bit for bit the same.
 
@@ -91,6 +92,7 @@ def over_betas(
         seed: of all noise.
         steps: number of inference steps.
         settings: at least one; phases and alpha are the same in all of them.
+        denoise: share of the way that is sampled, from x_lr.
 
     Yields:
         (B, 3, H, W) in [0, 1] for each, in their order.
@@ -98,9 +100,9 @@ def over_betas(
     early = settings[0]
     if any(replace(lsa, lla_strength=early.lla_strength) != early for lsa in settings):
         raise ValueError("the settings differ in more than beta")
-    eps, scheduler = bound_eps(model, encoded), sampling_schedule(steps, "leading")
+    eps, scheduler = bound_eps(model, encoded), sampling_schedule(steps, "leading", denoise)
     start_noise, generator = noise_sources(encoded.lr_latent.shape, seed)
-    shared = start_state(scheduler, encoded.anchor, start_noise)
+    shared = start_state(scheduler, encoded.anchor, start_noise, denoise)
     late = steps - phase_lengths(steps, early)[1]
     for output in trajectory(eps, scheduler, shared, encoded.anchor, generator, lsa=early, last=late):
         shared = output.state
@@ -134,7 +136,7 @@ def restore_grid(settings: SweepSettings) -> None:
                 encoded = encoded or encode_lr(model, read_pixels(pair.lr), evaluate.SCALE)
                 progress.set_postfix_str(f"{pair.name} alpha {alpha:g}")
                 grid = [settings.lsa(alpha, beta) for beta in missing]
-                results = over_betas(model, encoded, settings.seed, settings.steps, grid)
+                results = over_betas(model, encoded, settings.seed, settings.steps, grid, settings.denoise)
                 for beta, result in zip(missing, results, strict=True):
                     write_png(to_bytes(result[0]), targets[beta])
                     progress.update()

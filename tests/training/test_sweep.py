@@ -44,15 +44,18 @@ def model(chain: Path) -> ClearSRModel:
 
 
 @pytest.mark.parametrize(
-    ("ela_end", "lla_start", "accumulate"), [(0.3, 0.5, "per_step"), (0.3, 0.5, "over_phase"), (0, 0, "per_step")]
+    ("ela_end", "lla_start", "accumulate", "denoise"),
+    [(0.3, 0.5, "per_step", 1.0), (0.3, 0.5, "over_phase", 0.4), (0, 0, "per_step", 1.0)],
 )
-def test_shared_work_changes_no_bit(model: ClearSRModel, ela_end: float, lla_start: float, accumulate: str) -> None:
-    """A late phase of two steps of three, by both rules of strength; and one from the first step on."""
+def test_shared_work_changes_no_bit(
+    model: ClearSRModel, ela_end: float, lla_start: float, accumulate: str, denoise: float
+) -> None:
+    """A late phase of two steps of three, by both rules of strength, part of the way too; and one from the first on."""
     image = torch.rand(1, 3, 12, 10, generator=torch.Generator().manual_seed(0))
     grid = [LSAConfig(0.2, beta, ela_end, lla_start, accumulate) for beta in (0.3, 0.0)]  # type: ignore[arg-type]
-    shared = list(sweep.over_betas(model, encode_lr(model, image), 5, 3, grid))
+    shared = list(sweep.over_betas(model, encode_lr(model, image), 5, 3, grid, denoise))
     for lsa, result in zip(grid, shared, strict=True):
-        assert torch.equal(result, restore(model, image, 5, steps=3, lsa=lsa))
+        assert torch.equal(result, restore(model, image, 5, steps=3, denoise=denoise, lsa=lsa))
     assert not torch.equal(*shared)
 
 
@@ -74,7 +77,7 @@ def test_the_command_gives_the_pictures_of_restore_and_goes_on(
     made: list[float] = []
     over_betas = sweep.over_betas
     monkeypatch.setattr(
-        sweep, "over_betas", lambda *given: (made.extend(lsa.lla_strength for lsa in given[-1]), over_betas(*given))[1]
+        sweep, "over_betas", lambda *given: (made.extend(lsa.lla_strength for lsa in given[4]), over_betas(*given))[1]
     )
     assert sweep.main([*arguments, "--betas=0,0.3"]) == 0
     assert made == [0.3, 0.3]

@@ -1,0 +1,158 @@
+"""Experiments on models trained for them: every variant from the same base, with the same budget, at several seeds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import config, inspection, restore, train
+from ..clearsr_model import ClearSRModel
+from ..tables import REFERENCE, Results
+from . import experiments, results, work
+from .experiments import Experiment
+from .work import Work
+
+log = logging.getLogger("clearsr.training")
+
+
+class TrainingStoppedError(Exception):
+    """A training was asked to stop; it has saved, and the same command goes on."""
+
+
+@dataclass(frozen=True)
+class AblationRun:
+    """Which variants are compared, and what they are sampled with."""
+
+    variants: tuple[str, ...]
+    steps: int = 50
+    denoise: float = 1.0
+    accumulate: str = "per_step"
+    alpha: float = 0.0
+    beta: float = 0.0
+    timestep: int = 500  # of the control whose D_kl is taken
+    seed: int = 0  # of the sampling noise
+
+
+def trained(here: Work, variant: str, seed: int, progress: work.Progress) -> Path:
+    """Train a variant, or go on with it, or find it trained; return its file.
+
+    Raises:
+        TrainingStoppedError: it was stopped on the way.
+    """
+    budget = experiments.training(here.budget)
+    if variant not in budget.variants:
+        raise config.ConfigError(f"training.toml has no variant {variant!r}: {', '.join(budget.variants)}.")
+    folder = here.folder / "trained" / f"{variant}_seed{seed}"
+    file = folder / "clearsr.safetensors"
+    identity = {**budget.settings, **budget.variants[variant], "seed": seed, "base": here.sha256}
+    progress.begin(f"training {variant}, seed {seed}")
+    repeated = file.is_file()
+    work.claim(folder, identity)
+    if not repeated:
+        table = config.read_preset(str(budget.settings["extends"]))
+        settings_kind, stage_kind = train.stage_of(str(table.pop("stage")))
+        settings = config.build(
+            settings_kind,
+            table,
+            {key: value for key, value in budget.settings.items() if key != "extends"},
+            budget.variants[variant],
+            {
+                "data": here.data,
+                "base": here.checkpoint,
+                "out": folder,
+                "seed": seed,
+                "cache": here.folder / "trained" / f"latents_seed{seed}.safetensors",
+            },
+        )
+        if not train.train(stage_kind, settings):
+            raise TrainingStoppedError
+    progress.end(repeated)
+    return file
+
+
+def restored(here: Work, run: AblationRun, variant: str, seed: int, file: Path) -> Path:
+    """Upscale the split's pictures with a trained variant; return their folder."""
+    folder = here.here / "restored" / f"{variant}_seed{seed}"
+    sampling = {key: getattr(run, key) for key in ("steps", "denoise", "accumulate", "alpha", "beta", "seed")}
+    work.claim(folder, {**sampling, "checkpoint": results.sha256(file)})
+    restore.run(
+        config.build(
+            restore.RestoreSettings,
+            {
+                "checkpoint": file,
+                "lr": here.lr,
+                "out": folder,
+                "limit": len(here.pairs),
+                "steps": run.steps,
+                "denoise": run.denoise,
+                "accumulate": run.accumulate,
+                "ela_strength": run.alpha,
+                "lla_strength": run.beta,
+                "seed": run.seed,
+            },
+        )
+    )
+    return folder
+
+
+def divergences(here: Work, run: AblationRun, variant: str, seed: int, file: Path) -> dict[str, float]:
+    """Return picture -> D_kl of the whole control of a trained variant."""
+    kept = here.here / "d_kl" / f"{variant}_seed{seed}.json"
+    made = {"checkpoint": results.sha256(file), "timestep": run.timestep}
+    table = work.read_json(kept)
+    if {key: table.get(key) for key in made} != made:
+        table = {**made, "values": {}}
+    settings = inspection.InspectSettings(file, here.lr, here.here, timestep=run.timestep, sheets=0)
+    model = None
+    for pair in tqdm(here.pairs, unit="picture", desc=f"D_kl of {variant}", leave=False):
+        if pair.name not in table["values"]:
+            model = model or ClearSRModel.from_checkpoint(file)
+            findings = inspection.Findings()
+            inspection.inspect_picture(pair.name, {inspection.OURS: model}, pair.lr, settings, findings, sheet=False)
+            table["values"][pair.name] = statistics.fmean(findings.divergences[-1][3])  # the last part is the whole
+            work.write_json(kept, table)
+    return {pair.name: table["values"][pair.name] for pair in here.pairs}
+
+
+def ablation(experiment: Experiment, here: Work) -> results.Stored:
+    """Train every variant at every seed, restore and measure (Tables 2 and 3)."""
+    run = config.build(AblationRun, experiment.settings(here.budget))
+
+    def measure(variant: str, seed: int, file: Path) -> dict[str, dict[str, float]]:
+        folder = restored(here, run, variant, seed, file)
+        name = f"{variant}_seed{seed}"
+        return work.measured(here, name, folder, here.here / "measured" / f"{name}.json")
+
+    return _over_seeds(experiment, here, run, measure, {REFERENCE: work.measured_reference(here)})
+
+
+def divergence(experiment: Experiment, here: Work) -> results.Stored:
+    """Train every variant at every seed and compare what their controls hold of x_lr (Eq. 5, Figs. 2 and 8)."""
+    run = config.build(AblationRun, experiment.settings(here.budget))
+    return _over_seeds(
+        experiment,
+        here,
+        run,
+        lambda variant, seed, file: {"d_kl": divergences(here, run, variant, seed, file)},
+        {},
+    )
+
+
+def _over_seeds(experiment: Experiment, here: Work, run: AblationRun, measure: Any, more: Results) -> results.Stored:  # noqa: ANN401
+    """Measure every variant at every seed. All trainings of one seed come first: they are comparable by themselves."""
+    progress = work.Progress(here.seeds * len(run.variants))
+    found: list[Results] = []
+    for seed in range(here.seeds):
+        table: Results = dict(more)
+        for variant in run.variants:
+            table[variant] = measure(variant, seed, trained(here, variant, seed, progress))
+        found.append(table)
+    settings = {"training": experiments.training(here.budget).settings, **experiment.settings(here.budget)}
+    made = results.made_with(here.checkpoint, json.loads(json.dumps(settings)), here.budget)
+    return results.Stored(experiment.name, here.split, made, tuple(range(here.seeds)), tuple(found))
