@@ -50,11 +50,10 @@ class RunProgress:
         if step <= first:
             return
         self.measures = False
-        each = (now - began) / (step - first)
-        left = each * (steps - step)
-        if left >= TELL_SECONDS:
-            text = f"{self._node}: a step takes {duration(each)}; about {duration(left)} left for {steps - step} steps."
-            self._say(text, logging.INFO)
+        each, more = (now - began) / (step - first), steps - step
+        if each * more >= TELL_SECONDS:
+            left = f"about {duration(each * more)} left for {more} {'step' if more == 1 else 'steps'}"
+            self._say(f"{self._node}: a step takes {duration(each)}; {left}.", logging.INFO)
 
     def restart(self) -> None:
         """Measure anew: the run goes on in other tiles."""

@@ -176,7 +176,7 @@ def _announce(plan: TilePlan, guider: HostObject, shape: Sequence[int], steps: i
     rows, *sides = plan.settings.call_shape(shape) if plan.side else shape
     kinds = 1 if getattr(guider, "cfg", 1.0) == 1.0 else len(guider.conds)
     needed = guider.inner_model.memory_required([rows * kinds, *sides]) * CONTROL_SHARE
-    how = f"in one piece, {steps} steps"
+    how = f"in one piece, {steps} step{'' if steps == 1 else 's'}"
     if plan.side:
         cut = tiles.layout(height, width, plan.side, plan.overlap)
         calls = -(-len(cut.tiles) // plan.batch)

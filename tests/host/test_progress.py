@@ -113,6 +113,9 @@ def test_the_time_left_is_told_once_after_the_first_step(tiny, wide, clock, capl
     sample(apply(tiny, wide), wide, steps=5)
     assert "a step takes 5.0 s; about 20 s left for 4 steps" in caplog.text
     caplog.clear()
+    sample(apply(tiny, wide, **SMALL), wide, steps=2)
+    assert "about 30 s left for 1 step." in caplog.text
+    caplog.clear()
     clock.call_seconds = 0.1
     sample(apply(tiny, wide, **SMALL), wide, steps=5)
     assert "left" not in caplog.text
