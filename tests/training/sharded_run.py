@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed import all_reduce, barrier, get_rank, get_world_size, init_process_group
+from torch.distributed import (
+    all_reduce,
+    barrier,
+    destroy_process_group,
+    get_rank,
+    get_world_size,
+    init_process_group,
+)
 from torch.distributed.fsdp import fully_shard
 
 from tests.training import toy
@@ -83,3 +90,5 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     init_process_group("gloo")
     main(Path(sys.argv[1]))
+    barrier()
+    destroy_process_group()  # else a process that ends while its threads still talk is aborted
