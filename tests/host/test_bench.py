@@ -58,7 +58,6 @@ def test_time_inside_of_networks_is_a_part_of_the_whole(result) -> None:
 
 def test_the_bare_loop_is_the_hosts_ddpm(tiny) -> None:
     """The loop that everything is compared with samples; it does not only call the UNet."""
-    torch.manual_seed(0)
     scene = ways.prepare(tiny["model"], tiny["vae"], tiny["clearsr"], 128, 1, 1.0, 128)
     ways.load(scene)
     base = scene.model.model
@@ -69,7 +68,7 @@ def test_the_bare_loop_is_the_hosts_ddpm(tiny) -> None:
     torch.testing.assert_close(ways.bare(scene), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(clocks._resident("VmRSS") is None, reason="no /proc")
+@pytest.mark.skipif(clocks._resident("VmRSS") is None, reason="memory is read from /proc, which is not here")
 def test_peak_memory_is_that_of_the_work() -> None:
     """80 MiB that are freed before the end count; what was there before does not."""
     held = torch.ones(30 * 2**18)

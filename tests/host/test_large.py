@@ -1,5 +1,7 @@
 """Large pictures. Minutes and gigabytes, so only when asked for: `python -m tools.test host -- -m large -s`.
 
+Each prints what it measured, which is what it is run for: pytest shows that with -s.
+
 CLEARSR_PHOTOGRAPH names a picture to use instead of a drawn one, CLEARSR_OUT a folder for the results.
 """
 

@@ -1,7 +1,8 @@
 """The host's states of memory: weights that wait outside of the device, models that go and come back.
 
 A machine without a graphics card loads everything completely, whatever is asked for. So the host is told here that its
-CPU is one and how much of its memory is free: what it then does with weights is its own code.
+CPU is one and how much of its memory is free: what it then does with weights is its own code. Models are unloaded
+before and after, as the host's own button does: as one state has loaded them, the next would take them over.
 """
 
 from __future__ import annotations
