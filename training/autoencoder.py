@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,12 +12,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .batches import Ahead, DataSettings
+from .clearsr_model import ClearSRModel
 from .discriminator import PatchDiscriminator, adversarial_losses
 from .linear_start import fit_ends, start_linear
 from .models import LATENT_SCALE, build_autoencoder
 from .perceptual import EffLite
 from .photographs import Photographs
+from .pipeline import GRID
 from .randomness import generator_for
+from .restored import RestoredCrops
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ class AutoencoderSettings(DataSettings):
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
     coarse_weight: float = 0.5  # of the L1 between 8x8 means; without it a short training spends the latent on edges
+    restored_by: Path = Path()  # a finished file: the decoder sees what its sampler leaves of degraded crops, too
+    restored_share: float = 0.75  # of the crops of a batch, on average
+    restored_crops: int = 2048  # different ones, degraded and sampled once
+    restored_cache: Path = Path("runs/restored.safetensors")  # their latents
+    restore_steps: int = 7  # of the sampler
+    restore_denoise: float = 0.35
+    degradation: Literal["paper", "light"] = "light"  # of the crops that are restored
     latent_noise: float = 0.0  # largest deviation of the noise on the latents that the decoder sees, model units
     adversarial_weight: float = 0.0  # of a patch discriminator's judgement; 0 = no discriminator
     adversarial_start: int = 0  # step from which the decoder hears it; it learns from the first one on
@@ -46,6 +56,8 @@ class CropBatch(NamedTuple):
     images: Tensor  # (B, 3, crop, crop) in [-1, 1]
     noise: Tensor  # (B, 4, crop / 8, crop / 8), of the posteriors, unit variance
     disturbance: Tensor  # (B, 4, crop / 8, crop / 8) in model units, of another strength for every crop
+    restored: Tensor  # (B, 4, crop / 8, crop / 8) in model units: latents as a sampler left them
+    is_restored: Tensor  # (B,) whether they take the place of those of E
     heard: bool  # the decoder hears the discriminator already
 
 
@@ -63,8 +75,9 @@ class Reconstruction(nn.Module):
         settings, images = self.settings, batch.images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not settings.freeze_encoder):
             posterior = self.model.encode(images).latent_dist
-        latents = posterior.mean + posterior.std * batch.noise + batch.disturbance / LATENT_SCALE
-        restored = self.model.decode(latents).sample
+        encoded = posterior.mean + posterior.std * batch.noise
+        latents = torch.where(batch.is_restored[:, None, None, None], batch.restored / LATENT_SCALE, encoded)
+        restored = self.model.decode(latents + batch.disturbance / LATENT_SCALE).sample
         l1 = (restored - images).abs().mean()
         perceptual = self.perceptual.distance(restored, images).mean()
         kl = posterior.kl().mean()
@@ -87,6 +100,16 @@ class AutoencoderStage:
 
     def __init__(self, settings: AutoencoderSettings) -> None:
         self.settings = settings
+        if settings.restored_by != Path():
+            if not settings.freeze_encoder:
+                raise ValueError("--restored_by needs --freeze_encoder=true: its latents are those of a fixed encoder.")
+            if settings.crop % GRID or settings.restored_crops < 1:
+                raise ValueError(
+                    f"--restored_by needs --crop in multiples of {GRID} pixels and at least one of --restored_crops, "
+                    f"not {settings.crop} and {settings.restored_crops}."
+                )
+            if not 0.0 <= settings.restored_share <= 1.0:
+                raise ValueError(f"--restored_share={settings.restored_share}: give a number from 0 to 1.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
@@ -111,6 +134,7 @@ class AutoencoderStage:
 
     def start(self, rows: range) -> None:
         self.rows = rows
+        self.restored = None if self.settings.restored_by == Path() else self.restored_crops()
         self.batches = Ahead(self.make, self.settings.steps, self.settings.workers)
 
     def batch(self, step: int) -> CropBatch:
@@ -120,17 +144,60 @@ class AutoencoderStage:
         """Draw everything random of a step; each crop follows from its number among all samples of the run."""
         settings = self.settings
         numbers = [step * settings.batch + row for row in self.rows]
-        images = [
-            self.photographs.crop(settings.crop, generator_for(settings.seed + 1, number), settings.candidates, number)
-            for number in numbers
-        ]
+        images = torch.stack(
+            [
+                self.photographs.crop(
+                    settings.crop, generator_for(settings.seed + 1, number), settings.candidates, number
+                )
+                for number in numbers
+            ]
+        )
         shape = (settings.batch, 4, settings.crop // 8, settings.crop // 8)
         generator = generator_for(settings.seed, step)
         noise = torch.randn(shape, generator=generator)
         strength = settings.latent_noise * torch.rand((settings.batch, 1, 1, 1), generator=generator)
         disturbance = strength * torch.randn(shape, generator=generator)
         share, heard = slice(self.rows.start, self.rows.stop), step >= settings.adversarial_start
-        return CropBatch(torch.stack(images), noise[share], disturbance[share], heard)
+        restored, is_restored = torch.zeros(shape), torch.zeros(settings.batch, dtype=torch.bool)
+        if self.restored is not None:
+            is_restored = torch.rand(settings.batch, generator=generator) < settings.restored_share
+            chosen = torch.randint(self.restored.count, (settings.batch,), generator=generator)
+            restored = self.restored.latents[chosen]
+            theirs = self.restored.images(chosen[share])
+            images = torch.where(is_restored[share, None, None, None], theirs, images)
+        return CropBatch(images, noise[share], disturbance[share], restored[share], is_restored[share], heard)
+
+    def restored_crops(self) -> RestoredCrops:
+        """Have the finished file's sampler restore degraded crops.
+
+        Raises:
+            ValueError: the file's autoencoder gives other latents than this run's.
+        """
+        settings = self.settings
+        model = ClearSRModel.from_checkpoint(settings.restored_by)
+        theirs = model.vae.state_dict()
+        for name, value in self.model.state_dict().items():
+            # Finished files hold half precision.
+            if name.startswith(("encoder.", "quant_conv.")) and not torch.equal(
+                value.cpu().half(), theirs[name].half()
+            ):
+                raise ValueError(
+                    f"--restored_by={settings.restored_by} has another encoder than this run ({name} differs), so its "
+                    "latents mean something else. Give --init= that file, or a run that began with it, and "
+                    "--freeze_encoder=true."
+                )
+        return RestoredCrops(
+            self.photographs,
+            model,
+            settings.crop,
+            settings.restored_crops,
+            settings.seed,
+            steps=settings.restore_steps,
+            denoise=settings.restore_denoise,
+            degradation=settings.degradation,
+            cache=settings.restored_cache,
+            device=settings.device,
+        )
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         size = min(256, *(min(size) for size in self.photographs.sizes)) // 8 * 8

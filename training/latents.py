@@ -25,7 +25,8 @@ log = logging.getLogger("clearsr.training")
 BATCH = 16
 
 
-def _weights_hash(*modules: nn.Module | None) -> str:
+def weights_hash(*modules: nn.Module | None) -> str:
+    """Return a digest of the modules' weights."""
     digest = hashlib.sha256()
     for module in modules:
         for value in module.state_dict().values() if module is not None else ():
@@ -33,7 +34,7 @@ def _weights_hash(*modules: nn.Module | None) -> str:
     return digest.hexdigest()
 
 
-def _encoded_once(
+def encoded_once(
     cache: Path, identity: str, count: int, encode: Callable[[Tensor], dict[str, Tensor]], what: str
 ) -> dict[str, Tensor]:
     """Return what `encode` gives for the numbers 0 .. count-1, from `cache` if that file is of the same identity."""
@@ -86,8 +87,8 @@ class Crops:
 
         self._latents: Tensor | None = None
         if count:
-            identity = _weights_hash(vae.encoder, vae.quant_conv) + self.listing
-            encoded = _encoded_once(cache, identity, count, lambda i: {"latents": self.latents(i)}, "encoding crops")
+            identity = weights_hash(vae.encoder, vae.quant_conv) + self.listing
+            encoded = encoded_once(cache, identity, count, lambda i: {"latents": self.latents(i)}, "encoding crops")
             self._latents = encoded["latents"]
 
     def latents(self, indices: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class FixedPairs:
         identity = "-".join(
             [
                 "by number",  # which degradation a crop gets
-                _weights_hash(model.lr_encoder, model.image_encoder, model.clip),
+                weights_hash(model.lr_encoder, model.image_encoder, model.clip),
                 crops.listing,
                 degradation,
                 str(seed),
@@ -162,5 +163,5 @@ class FixedPairs:
         )
         if model.clip is not None and model.clip.patch:
             identity += "-patch"  # the same weights give other prompts
-        encoded = _encoded_once(cache, identity, crops.count, encode, "encoding pairs")
+        encoded = encoded_once(cache, identity, crops.count, encode, "encoding pairs")
         self.latents, self.prompts = encoded["latents"], encoded["prompts"]

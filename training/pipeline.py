@@ -98,6 +98,30 @@ def to_pixels(model: ClearSRModel, latents: Tensor, size: tuple[int, int]) -> Te
 
 
 @torch.no_grad()
+def restore_latents(
+    model: ClearSRModel,
+    encoded: EncodedLR,
+    seed: int,
+    *,
+    steps: int = 50,
+    denoise: float = 1.0,
+    lsa: LSAConfig | None = None,
+) -> Tensor:
+    """Sample x_0 of a batch, (B, 4, h, w) in model units; seed, steps, denoise and lsa as in `restore`."""
+    start_noise, generator = noise_sources(encoded.lr_latent.shape, seed)
+    return sample(
+        bound_eps(model, encoded),
+        encoded.lr_latent,
+        start_noise,
+        generator,
+        steps=steps,
+        denoise=denoise,
+        lsa=lsa,
+        anchor=encoded.anchor,
+    )
+
+
+@torch.no_grad()
 def restore(
     model: ClearSRModel,
     lr_images: Tensor,
@@ -123,17 +147,7 @@ def restore(
         (B, 3, scale h, scale w) in [0, 1].
     """
     encoded = encode_lr(model, lr_images, scale)
-    start_noise, generator = noise_sources(encoded.lr_latent.shape, seed)
-    x_0 = sample(
-        bound_eps(model, encoded),
-        encoded.lr_latent,
-        start_noise,
-        generator,
-        steps=steps,
-        denoise=denoise,
-        lsa=lsa,
-        anchor=encoded.anchor,
-    )
+    x_0 = restore_latents(model, encoded, seed, steps=steps, denoise=denoise, lsa=lsa)
     return to_pixels(model, x_0, encoded.size)
 
 

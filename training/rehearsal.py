@@ -167,7 +167,9 @@ class _Autoencoder(AutoencoderStage):
     def batch(self, step: int) -> CropBatch:
         count, crop = len(self.rows), self.settings.crop
         noise = torch.empty(count, 4, crop // 8, crop // 8)
-        return CropBatch(torch.empty(count, 3, crop, crop), noise, torch.empty_like(noise), heard=True)
+        disturbance, restored = torch.empty_like(noise), torch.empty_like(noise)
+        is_restored = torch.zeros(count, dtype=torch.bool, device=noise.device)
+        return CropBatch(torch.empty(count, 3, crop, crop), noise, disturbance, restored, is_restored, heard=True)
 
 
 def step(

@@ -102,20 +102,22 @@ def test_a_picture_4096_pixels_wide(nano, height) -> None:
     assert picture.shape == (1, height, 4096, 3) and picture.isfinite().all()
 
 
-@pytest.mark.parametrize("width", [128, 256])
-def test_seams_of_larger_tiles(nano, width) -> None:
-    """Tiles of 768 and of 512 pixels against one piece, at the same borders."""
-    image = small_picture(256, width)
+@pytest.mark.parametrize("tile_size", [768, 512])
+@pytest.mark.parametrize("overlap", [128, 64])
+def test_seams_of_larger_tiles(nano, tile_size, overlap) -> None:
+    """Two tiles that overlap by exactly `overlap`, against one piece at the same borders."""
+    width = 2 * tile_size - overlap
+    image = small_picture(128, width // 4)
     whole = upscaled(nano, image, steps=3, tile_size=16384)
+    picture = upscaled(nano, image, steps=3, tile_size=tile_size, tile_overlap=overlap)
     save(f"{width}_one_piece", whole)
-    for tile_size in (768, 512):
-        picture = upscaled(nano, image, steps=3, tile_size=tile_size)
-        save(f"{width}_tiles_{tile_size}", picture)
-        cut = tiles.layout(whole.shape[1] // 8, whole.shape[2] // 8, tile_size // 8, 16)
-        scores = [seam_score(one, cut) for one in (whole, picture)]
-        difference = float((picture - whole).abs().mean())
-        print(f"tiles of {tile_size}: {scores[1] / scores[0]:.3f} ({scores}), mean difference {difference:.4f}")
-        assert scores[1] / scores[0] < 1.05
+    save(f"{width}_tiles_{tile_size}", picture)
+    cut = tiles.layout(whole.shape[1] // 8, width // 8, tile_size // 8, overlap // 8)
+    assert [(tile.top, tile.left) for tile in cut.tiles] == [(0, 0), (0, (tile_size - overlap) // 8)]
+    scores = [seam_score(one, cut) for one in (whole, picture)]
+    difference = float((picture - whole).abs().mean())
+    print(f"{tile_size}, {overlap}: {scores[1] / scores[0]:.3f} ({scores}), mean difference {difference:.4f}")
+    assert scores[1] / scores[0] < 1.05
 
 
 @pytest.mark.parametrize(
