@@ -16,10 +16,10 @@ from ..clearsr_core import tiles
 from ..clearsr_core.config import ClearSRConfig
 from ..clearsr_core.control import ClearSRControl
 from ..clearsr_core.shapes import checkpoint_shapes
+from ..nodes.tiled_diffusion import TilingSettings
 from . import subjects
 
 META = torch.device("meta")
-OVERLAP = 16  # latent pixels, as DPM/SPM Control Apply has it
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def counted(config: ClearSRConfig, side: int) -> Counts:
 
 def in_tiles(config: ClearSRConfig, side: int, tile: int) -> Counts:
     """Count one step of a picture of `side` x `side` latent pixels, cut into tiles of `tile`."""
-    number = len(tiles.layout(side, side, tile, OVERLAP).tiles)
+    number = len(tiles.layout(side, side, tile, TilingSettings().overlap).tiles)
     one = counted(config, min(side, tile))
     return Counts(number * one.unet, number * one.dpm, number * one.spm)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..nodes.compat import HostObject
 from ..nodes.sockets import KEY
+from ..nodes.tiled_diffusion import AUTOMATIC_AREA
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 BARE, HOST, NAIVE, EACH, ONCE = "bare UNet", "host sampler", "naive ControlNet", "ours", "ours, control once"
 INTERVAL, TILED = "ours, guidance in the first half", "ours in tiles"
+AUTOMATIC = "ours, automatic tiles"  # as the nodes do by themselves: one piece up to 1024 x 1024
 REUSE = {f"ours, control every {every}": every for every in (2, 5)}
 _WIDE = 8  # pixels per latent pixel
 
@@ -90,6 +92,8 @@ def ways(scene: Scene) -> dict[str, Callable[[Scene], object]]:
         found[INTERVAL] = lambda scene: ours(scene, cfg_end=0.5)
     if scene.lr_latent["samples"].shape[-1] * _WIDE > scene.tile:
         found[TILED] = lambda scene: ours(scene, tile=scene.tile)
+    if scene.lr_latent["samples"][0, 0].numel() >= AUTOMATIC_AREA:
+        found[AUTOMATIC] = lambda scene: ours(scene, tile=0)
     return found
 
 
@@ -170,8 +174,8 @@ def naive(scene: Scene) -> Tensor:
 
 
 def ours(scene: Scene, every: int = 1, tile: int | None = None, **settings: float) -> Tensor:
-    """The nodes: DPM/SPM Control Apply and LSA KSampler with the paper's settings."""
-    tile = tile or scene.lr_latent["samples"].shape[-1] * _WIDE  # as large as the picture: in one piece
+    """The nodes with the paper's settings, in tiles of `tile` pixels; 0 = automatic, None = one piece."""
+    tile = tile if tile is not None else scene.lr_latent["samples"].shape[-1] * _WIDE
     controlled = node(
         "ClearSRControlApply",
         model=scene.model,
@@ -179,7 +183,7 @@ def ours(scene: Scene, every: int = 1, tile: int | None = None, **settings: floa
         lr_latent=scene.lr_latent,
         control_every=every,
         tile_size=tile,
-        tile_overlap=min(128, tile // 2),
+        tile_overlap=64,
     )
     return node(
         "ClearSRLSAKSampler",

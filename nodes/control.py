@@ -204,7 +204,7 @@ class ClearSRControlApply(io.ComfyNode):
                 widget(
                     io.Int,
                     "tile_overlap",
-                    default=128,
+                    default=64,
                     min=64,
                     max=8192,
                     step=64,
@@ -240,7 +240,7 @@ class ClearSRControlApply(io.ComfyNode):
         level_weights: str = "",
         clip_vision_output: HostObject = None,
         tile_size: int = 0,
-        tile_overlap: int = 128,
+        tile_overlap: int = 64,
         tiles_per_batch: int = 1,
     ) -> io.NodeOutput:
         check_model(NODE, model, clearsr.config, clearsr.name)

@@ -39,7 +39,7 @@ class TilingSettings:
     """The node's widgets, in latent pixels."""
 
     side: int = 0  # 0 = by the size of the picture
-    overlap: int = 16
+    overlap: int = 8
     batch: int = 1  # tiles in one model call
     say: Callable[[str, int], None] = field(default=lambda _text, _level: None)  # to the user, at a level of logging
 

@@ -69,7 +69,7 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def upscaled(loaded, image, scale=4.0, steps=2, encode_tile=0, **settings):
+def upscaled(loaded, image, scale=4.0, steps=2, denoise=0.35, encode_tile=0, **settings):
     """The whole graph, as the shipped workflow sets it except for the number of steps."""
     seconds, started = {}, time.monotonic()
 
@@ -82,7 +82,7 @@ def upscaled(loaded, image, scale=4.0, steps=2, encode_tile=0, **settings):
     )
     lap("encode")
     model = apply(loaded, latent, **settings)
-    result = rig.run("ClearSRLSAKSampler", model=model, lr_latent=latent, seed=0, steps=steps, denoise=0.35)
+    result = rig.run("ClearSRLSAKSampler", model=model, lr_latent=latent, seed=0, steps=steps, denoise=denoise)
     lap("sample")
     decoded = rig.run("VAEDecode", samples=result, vae=loaded["vae"])
     lap("decode")
@@ -104,19 +104,22 @@ def test_a_picture_4096_pixels_wide(nano, height) -> None:
 
 @pytest.mark.parametrize("tile_size", [768, 512])
 @pytest.mark.parametrize("overlap", [128, 64])
-def test_seams_of_larger_tiles(nano, tile_size, overlap) -> None:
+@pytest.mark.parametrize(("steps", "denoise"), [(3, 0.35), (20, 1.0)])
+def test_seams_of_larger_tiles(nano, tile_size, overlap, steps, denoise) -> None:
     """Two tiles that overlap by exactly `overlap`, against one piece at the same borders."""
     width = 2 * tile_size - overlap
     image = small_picture(128, width // 4)
-    whole = upscaled(nano, image, steps=3, tile_size=16384)
-    picture = upscaled(nano, image, steps=3, tile_size=tile_size, tile_overlap=overlap)
-    save(f"{width}_one_piece", whole)
-    save(f"{width}_tiles_{tile_size}", picture)
+    whole = upscaled(nano, image, steps=steps, denoise=denoise, tile_size=16384)
+    picture = upscaled(nano, image, steps=steps, denoise=denoise, tile_size=tile_size, tile_overlap=overlap)
+    save(f"{width}_{steps}_one_piece", whole)
+    save(f"{width}_{steps}_tiles_{tile_size}", picture)
     cut = tiles.layout(whole.shape[1] // 8, width // 8, tile_size // 8, overlap // 8)
     assert [(tile.top, tile.left) for tile in cut.tiles] == [(0, 0), (0, (tile_size - overlap) // 8)]
     scores = [seam_score(one, cut) for one in (whole, picture)]
     difference = float((picture - whole).abs().mean())
-    print(f"{tile_size}, {overlap}: {scores[1] / scores[0]:.3f} ({scores}), mean difference {difference:.4f}")
+    print(
+        f"{tile_size}, {overlap}, {denoise}: {scores[1] / scores[0]:.3f} ({scores}), mean difference {difference:.4f}"
+    )
     assert scores[1] / scores[0] < 1.05
 
 
