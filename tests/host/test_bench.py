@@ -68,6 +68,7 @@ def test_the_bare_loop_is_the_hosts_ddpm(tiny) -> None:
     torch.testing.assert_close(ways.bare(scene), expected, rtol=1e-4, atol=1e-4)
 
 
+# Only Linux tells a process its peak of memory this way; elsewhere the benchmark leaves the column empty.
 @pytest.mark.skipif(clocks._resident("VmRSS") is None, reason="memory is read from /proc, which is not here")
 def test_peak_memory_is_that_of_the_work() -> None:
     """80 MiB that are freed before the end count; what was there before does not."""
