@@ -37,11 +37,12 @@ class ClearSRModel(nn.Module):
         self.null_text: Tensor
         self.unet, self.vae = base.unet, base.vae
         self.register_buffer("null_text", base.null_text)
-        generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.control = ClearSRControl(control)
-            initialise_from_unet(self.control, base.unet.state_dict(), generator)
+            initialise_from_unet(self.control, base.unet.state_dict(), torch.Generator().manual_seed(seed))
+            # Seeded again: variants of the control, compared at one seed, have to begin with the same LoRAs and p.
+            torch.manual_seed(seed)
             self.lr_encoder = models.LREncoder(base.vae, rank)
             models.add_decoder_lora(base.unet, rank)
             self.image_encoder = (
@@ -50,7 +51,7 @@ class ClearSRModel(nn.Module):
                 else None
             )
             if self.image_encoder is not None:
-                initialise_fresh(self.image_encoder, generator)
+                initialise_fresh(self.image_encoder, torch.Generator().manual_seed(seed))
         self.decoder_prompt = models.DecoderPrompt(base.unet)
         # peft and deepcopy leave requires_grad as they like it; say what moves, once.
         self.requires_grad_(False)

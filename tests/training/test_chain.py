@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,21 @@ def test_exactly_the_declared_parameters_move(chain: Path) -> None:
     moved = {name for name, value in fresh.trainable().items() if not torch.equal(value.half(), trained[name].half())}
     for part in ("dpm.", "spm.", "unet_lora.", "vae_lora."):
         assert any(name.startswith(part) for name in moved), part
+
+
+def test_variants_of_a_seed_begin_with_the_same_lora_and_image_encoder(chain: Path) -> None:
+    """Leaving a part of the control out changes nothing else: what an ablation compares differs in that part alone."""
+    whole = _config(chain)
+    parts = ("vae_lora.", "unet_lora.", "image_encoder.", "dpm.")
+    for smaller in (dataclasses.replace(whole, use_spm=False), dataclasses.replace(whole, window_attention=False)):
+        first, second = (
+            ClearSRModel(BaseModel.load(chain / "base"), config, 16, "pooled", 7).trainable()
+            for config in (whole, smaller)
+        )
+        shared = [name for name in second if name.startswith(parts)]
+        assert {name.split(".")[0] + "." for name in shared} == set(parts)
+        for name in shared:
+            assert torch.equal(first[name], second[name]), name
 
 
 def _continued(chain: Path, out: Path, *settings: str) -> list[str]:

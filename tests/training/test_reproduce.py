@@ -119,7 +119,7 @@ def test_an_experiment_can_be_run_and_judged(name: str) -> None:
     run = one.settings("full")
     methods = {method for check in one.checks for method in (check.method, check.against)}
     if one.trained:
-        assert methods <= set(run["variants"]) <= set(experiments.training("full").variants)
+        assert methods <= set(run["variants"]) <= set(experiments.training(run["training"], "full").variants)
     if one.kind == "grid":
         places = {sweep.setting_name(alpha, beta) for alpha in run["alphas"] for beta in run["betas"]}
         assert methods <= places | set(run.get("baselines", ()))
@@ -145,6 +145,10 @@ def test_a_wrong_name_is_told_with_the_right_ones(tmp_path: Path, caplog: pytest
     assert "held_out" in caplog.text
     assert reproduce.main([]) == 1
     assert "--render" in caplog.text
+    assert reproduce.main(["--run=fig4", *folders, "--seeds=-1"]) == 1
+    assert "whole numbers from 0 on" in caplog.text
+    with pytest.raises(config.ConfigError, match="no way 'quick'"):
+        experiments.training("quick", "full")
     with pytest.raises(config.ConfigError, match="There is no table"):
         experiments.experiment(experiments.SHARED)
 
@@ -224,7 +228,7 @@ def test_work_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
 def command(chain: Path, pairs: Path, out: Path, *more: str) -> list[str]:
     folders = [f"--hr={pairs}/hr", f"--lr={pairs}/lr", f"--work={out}", f"--data={chain}/photographs"]
     file = f"--checkpoint={chain}/nano/clearsr.safetensors"
-    return [*folders, file, "--budget=tiny", "--seeds=2", "--efflite=false", "--threads=1", *more]
+    return [*folders, file, "--budget=tiny", "--seeds=0,1", "--efflite=false", "--threads=1", *more]
 
 
 def test_the_whole_chain_stops_goes_on_and_repeats_nothing(
@@ -247,6 +251,9 @@ def test_the_whole_chain_stops_goes_on_and_repeats_nothing(
     assert reproduce.main([*arguments, "--run=table2,fig8"]) == 130
     assert "goes on where this was" in caplog.text
     assert done == ["full_seed0", "no_spm_seed0", "stopped"]
+    # A whole seed is a result already, whatever becomes of the others.
+    first = results.read(tmp_path / "work" / "results" / "table2.tuning.json")
+    assert first.seeds == (0,)
     assert reproduce.main([*arguments, "--run=table2,fig8,fig4,fig5,fig7,table4,table1", "--render"]) == 0
     trained = [name for name in done if name != "stopped"]
     assert len(set(trained)) == len(trained) == 6  # three variants at two seeds, none of them twice
@@ -267,6 +274,13 @@ def test_the_whole_chain_stops_goes_on_and_repeats_nothing(
         monkeypatch.setattr(owner, name, never)
     assert reproduce.main([*arguments, "--run=table2,fig8,fig4,fig5,fig7,table4,table1"]) == 0
     assert (tmp_path / "work" / "results" / "table2.tuning.json").read_bytes() == kept
+
+    # Elsewhere, with nothing but the results: their seeds are not trained again, and asking for one loses none.
+    elsewhere = command(chain, pairs, tmp_path / "elsewhere", f"--results={tmp_path}/work/results", "--seeds=1")
+    assert reproduce.main([*elsewhere, "--run=table2,fig8"]) == 0
+    assert (tmp_path / "work" / "results" / "table2.tuning.json").read_bytes() == kept
+    with pytest.raises(AssertionError, match="done twice"):  # but a result of fewer pictures is another one
+        reproduce.main([*elsewhere, "--run=table2", "--limit=1"])
 
     stored = results.read(tmp_path / "work" / "results" / "table2.tuning.json")
     assert (stored.seeds, stored.pictures, stored.made.budget) == ((0, 1), ["a", "b"], "tiny")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class AblationRun:
     """Which variants are compared, and what they are sampled with."""
 
     variants: tuple[str, ...]
+    training: str  # which of the ways in training.toml
     steps: int = 50
     denoise: float = 1.0
     accumulate: str = "per_step"
@@ -39,16 +41,16 @@ class AblationRun:
     seed: int = 0  # of the sampling noise
 
 
-def trained(here: Work, variant: str, seed: int, progress: work.Progress) -> Path:
+def trained(here: Work, way: str, variant: str, seed: int, progress: work.Progress) -> Path:
     """Train a variant, or go on with it, or find it trained; return its file.
 
     Raises:
         TrainingStoppedError: it was stopped on the way.
     """
-    budget = experiments.training(here.budget)
+    budget = experiments.training(way, here.budget)
     if variant not in budget.variants:
         raise config.ConfigError(f"training.toml has no variant {variant!r}: {', '.join(budget.variants)}.")
-    folder = here.folder / "trained" / f"{variant}_seed{seed}"
+    folder = here.folder / "trained" / way / f"{variant}_seed{seed}"
     file = folder / "clearsr.safetensors"
     identity = {**budget.settings, **budget.variants[variant], "seed": seed, "base": here.sha256}
     progress.begin(f"training {variant}, seed {seed}")
@@ -67,7 +69,8 @@ def trained(here: Work, variant: str, seed: int, progress: work.Progress) -> Pat
                 "base": here.checkpoint,
                 "out": folder,
                 "seed": seed,
-                "cache": here.folder / "trained" / f"latents_seed{seed}.safetensors",
+                "cache": here.folder / "trained" / way / f"latents_seed{seed}.safetensors",
+                "pair_cache": here.folder / "trained" / way / f"pairs_seed{seed}.safetensors",
             },
         )
         if not train.train(stage_kind, settings):
@@ -78,7 +81,7 @@ def trained(here: Work, variant: str, seed: int, progress: work.Progress) -> Pat
 
 def restored(here: Work, run: AblationRun, variant: str, seed: int, file: Path) -> Path:
     """Upscale the split's pictures with a trained variant; return their folder."""
-    folder = here.here / "restored" / f"{variant}_seed{seed}"
+    folder = here.here / "restored" / run.training / f"{variant}_seed{seed}"
     sampling = {key: getattr(run, key) for key in ("steps", "denoise", "accumulate", "alpha", "beta", "seed")}
     work.claim(folder, {**sampling, "checkpoint": results.sha256(file)})
     restore.run(
@@ -103,7 +106,7 @@ def restored(here: Work, run: AblationRun, variant: str, seed: int, file: Path) 
 
 def divergences(here: Work, run: AblationRun, variant: str, seed: int, file: Path) -> dict[str, float]:
     """Return picture -> D_kl of the whole control of a trained variant."""
-    kept = here.here / "d_kl" / f"{variant}_seed{seed}.json"
+    kept = here.here / "d_kl" / run.training / f"{variant}_seed{seed}.json"
     made = {"checkpoint": results.sha256(file), "timestep": run.timestep}
     table = work.read_json(kept)
     if {key: table.get(key) for key in made} != made:
@@ -127,9 +130,9 @@ def ablation(experiment: Experiment, here: Work) -> results.Stored:
     def measure(variant: str, seed: int, file: Path) -> dict[str, dict[str, float]]:
         folder = restored(here, run, variant, seed, file)
         name = f"{variant}_seed{seed}"
-        return work.measured(here, name, folder, here.here / "measured" / f"{name}.json")
+        return work.measured(here, name, folder, here.here / "measured" / run.training / f"{name}.json")
 
-    return _over_seeds(experiment, here, run, measure, {REFERENCE: work.measured_reference(here)})
+    return _over_seeds(experiment, here, run, measure, lambda: {REFERENCE: work.measured_reference(here)})
 
 
 def divergence(experiment: Experiment, here: Work) -> results.Stored:
@@ -140,19 +143,41 @@ def divergence(experiment: Experiment, here: Work) -> results.Stored:
         here,
         run,
         lambda variant, seed, file: {"d_kl": divergences(here, run, variant, seed, file)},
-        {},
+        dict,
     )
 
 
-def _over_seeds(experiment: Experiment, here: Work, run: AblationRun, measure: Any, more: Results) -> results.Stored:  # noqa: ANN401
-    """Measure every variant at every seed. All trainings of one seed come first: they are comparable by themselves."""
-    progress = work.Progress(here.seeds * len(run.variants))
-    found: list[Results] = []
-    for seed in range(here.seeds):
-        table: Results = dict(more)
+def _over_seeds(
+    experiment: Experiment,
+    here: Work,
+    run: AblationRun,
+    measure: Callable[[str, int, Path], dict[str, dict[str, float]]],
+    more: Callable[[], Results],
+) -> results.Stored:
+    """Measure every variant at every seed. All trainings of one seed come first: they are comparable by themselves.
+
+    Seeds that the stored result holds, made with the same settings of the same pictures, are taken from there: a
+    result grows over several machines, and no seed of it is lost.
+    """
+    budget = experiments.training(run.training, here.budget).settings
+    described = {"training_settings": budget, "efflite": here.efflite, **experiment.settings(here.budget)}
+    settings = json.loads(json.dumps(described))
+
+    def kept() -> dict[int, Results]:
+        return results.seeds_of(here.results, experiment.name, here.split, here.sha256, settings, here.names)
+
+    missing = sorted(set(here.seeds) - set(kept()))
+    progress = work.Progress(len(missing) * len(run.variants))
+    for seed in missing:
+        table: Results = more()
         for variant in run.variants:
-            table[variant] = measure(variant, seed, trained(here, variant, seed, progress))
-        found.append(table)
-    settings = {"training": experiments.training(here.budget).settings, **experiment.settings(here.budget)}
-    made = results.made_with(here.checkpoint, json.loads(json.dumps(settings)), here.budget)
-    return results.Stored(experiment.name, here.split, made, tuple(range(here.seeds)), tuple(found))
+            table[variant] = measure(variant, seed, trained(here, run.training, variant, seed, progress))
+        # Read again: another process may have brought a seed meanwhile.
+        results.write(here.results, _stored(experiment, here, settings, {**kept(), seed: table}))
+    return results.read(results.path_of(here.results, experiment.name, here.split))
+
+
+def _stored(experiment: Experiment, here: Work, settings: dict[str, Any], found: dict[int, Results]) -> results.Stored:
+    made = results.made_with(here.checkpoint, settings, here.budget)
+    seeds = tuple(sorted(found))
+    return results.Stored(experiment.name, here.split, made, seeds, tuple(found[seed] for seed in seeds))

@@ -99,15 +99,22 @@ def experiment(name: str) -> Experiment:
 
 @dataclass(frozen=True)
 class Training:
-    """How the ablations are trained, all at the same budget."""
+    """One way in which the variants of an ablation are trained, all at the same budget."""
 
     settings: dict[str, Any]  # of stage 3
     variants: dict[str, dict[str, Any]]  # name -> what differs
-    hours: float  # of one training, estimated, on two CPU cores
+    hours: float  # of one training, estimated, on one CPU core
 
 
-def training(budget: Budget) -> Training:
-    """Read how the ablations are trained."""
+def training(way: str, budget: Budget) -> Training:
+    """Read how the variants of an ablation are trained.
+
+    Raises:
+        ConfigError: there is no such way.
+    """
     table = _read(SHARED)
-    settings = {**table["settings"], **(table["tiny"] if budget == "tiny" else {})}
-    return Training(settings, table["variants"], table["hours"])
+    if way not in table["ways"]:
+        raise ConfigError(f"{SHARED}.toml has no way {way!r}: {', '.join(table['ways'])}.")
+    found = table["ways"][way]
+    settings = {**found["settings"], **(table["tiny"] if budget == "tiny" else {})}
+    return Training(settings, table["variants"], found["hours"])

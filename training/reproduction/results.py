@@ -155,6 +155,27 @@ def read(path: Path) -> Stored:
         raise EvaluationError(f"{path} is no result of training.reproduce ({error}).") from error
 
 
+def seeds_of(
+    folder: Path, experiment: str, split: str, checkpoint: str, settings: dict[str, Any], pictures: list[str]
+) -> dict[int, Results]:
+    """Return seed -> values of the trainings that a stored result already holds.
+
+    Args:
+        folder: of the results.
+        experiment: its name.
+        split: its pictures.
+        checkpoint: SHA-256 of the file that has to be the base.
+        settings: what it has to be made with.
+        pictures: names of all that have to be measured, in order.
+    """
+    path = path_of(folder, experiment, split)
+    if not path.is_file():
+        return {}
+    stored = read(path)
+    same = stored.made.sha256 == checkpoint and stored.made.settings == settings and stored.pictures == pictures
+    return dict(zip(stored.seeds, stored.runs, strict=True)) if same else {}
+
+
 def shown(folder: Path, experiment: str) -> Stored | None:
     """Return the result that the document shows: held out before tuning; None if there is none."""
     for split in SPLITS:

@@ -35,7 +35,8 @@ class Work:
     pairs: list[Pair]
     data: Path  # photographs to train on
     budget: Budget
-    seeds: int  # trainings of each variant
+    seeds: tuple[int, ...]  # of the trainings of each variant
+    results: Path  # folder of the results, with those that are there already
     efflite: bool = True
     sha256: str = field(init=False)  # of the checkpoint
 
@@ -46,6 +47,11 @@ class Work:
     def here(self) -> Path:
         """Return the folder of what belongs to this split."""
         return self.folder / self.split
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the split's pictures, in order."""
+        return sorted(pair.name for pair in self.pairs)
 
     @property
     def hr(self) -> Path:
