@@ -5,11 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..clearsr_core.color import METHODS, ColorMethod
 from . import pictures
 from .compat import notice, schema, widget
 
 NODE = "ClearSR Color Fix"
-_METHODS = {"adain": pictures.adain, "wavelet": pictures.wavelet, "lab": pictures.lab}
 
 
 def cut_to_reference(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -50,7 +50,7 @@ class ClearSRColorFix(io.ComfyNode):
                 widget(
                     io.Combo,
                     "method",
-                    options=list(_METHODS),
+                    options=list(METHODS),
                     default="wavelet",
                     tooltip="wavelet: coarse colour of the reference, fine detail of the result. adain: only the mean "
                     "and the spread of each channel. lab: like wavelet, but the result keeps its lightness.",
@@ -69,7 +69,9 @@ class ClearSRColorFix(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image: Tensor, reference: Tensor, method: str = "wavelet", strength: float = 1.0) -> io.NodeOutput:
+    def execute(
+        cls, image: Tensor, reference: Tensor, method: ColorMethod = "wavelet", strength: float = 1.0
+    ) -> io.NodeOutput:
         image, notices = pictures.usable_image(NODE, "image", image)
         reference, more = pictures.usable_image(NODE, "reference", reference)
         for text in notices + more:
@@ -84,5 +86,5 @@ class ClearSRColorFix(io.ComfyNode):
             return io.NodeOutput(image)
         size = (image.shape[1], image.shape[2])
         reference = pictures.resize(reference.to(image), size, "bicubic").expand(image.shape[0], -1, -1, -1)
-        fixed = _METHODS[method](image, reference).clamp(0.0, 1.0)
+        fixed = METHODS[method](image, reference).clamp(0.0, 1.0)
         return io.NodeOutput(image.lerp(fixed, strength))

@@ -119,7 +119,7 @@ def step_pictures(
     for output in trajectory(bound_eps(model, encoded), scheduler, x_t, encoded.anchor, generator):
         if output.step + 1 in watched:
             latent = output.x0 if of == "x0" else output.state
-            yield output.step + 1, to_bytes(to_pixels(model, latent, encoded.size)[0])
+            yield output.step + 1, to_bytes(to_pixels(model, latent, encoded)[0])
 
 
 def measure_picture(

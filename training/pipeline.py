@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from clearsr_core.color import METHODS, ColorMethod
 from clearsr_core.lsa import LSAConfig, adjust
 from clearsr_core.schedule import Spacing, last_timesteps
 
 from . import models
 from .clearsr_model import ClearSRModel
+
+ColorFix = Literal["none", ColorMethod]
 
 GRID = 64  # pixels; the deepest level of the UNet then has whole windows
 START_TIMESTEP = 999  # the LR start adds the noise of the last training step, whatever the first step of the schedule
@@ -72,7 +75,7 @@ class EncodedLR:
     lr_latent: Tensor  # (B, 4, h, w) x_lr of the control, model units
     anchor: Tensor  # x_lr of start and LSA, as lr_latent
     prompt: Tensor  # (B, n, C) image prompt p
-    size: tuple[int, int]  # height and width of the result in pixels; the latent may cover more
+    upscaled: Tensor  # (B, 3, H, W) in [0, 1]: the pictures in the size of the result; the latent may cover more
 
 
 @torch.no_grad()
@@ -83,7 +86,7 @@ def encode_lr(model: ClearSRModel, lr_images: Tensor, scale: int = 4) -> Encoded
     padded = pad_to_grid(upscaled) * 2.0 - 1.0
     lr_latent = model.lr_encoder(padded)
     anchor = models.encode(model.vae, padded) if model.anchor == "plain" else lr_latent
-    return EncodedLR(lr_latent, anchor, model.image_prompt(upscaled), size)
+    return EncodedLR(lr_latent, anchor, model.image_prompt(upscaled), upscaled)
 
 
 def bound_eps(model: ClearSRModel, encoded: EncodedLR) -> Callable[[Tensor, Tensor], Tensor]:
@@ -91,10 +94,18 @@ def bound_eps(model: ClearSRModel, encoded: EncodedLR) -> Callable[[Tensor, Tens
     return lambda x_t, timesteps: model.eps(x_t, timesteps, encoded.lr_latent, encoded.prompt)
 
 
-def to_pixels(model: ClearSRModel, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Decode (B, 4, h, w) in model units and cut it to (B, 3, *size) in [0, 1]."""
-    height, width = size
-    return (models.decode(model.vae, latents)[..., :height, :width] + 1.0) / 2.0
+def to_pixels(model: ClearSRModel, latents: Tensor, encoded: EncodedLR, color_fix: ColorFix = "none") -> Tensor:
+    """Decode (B, 4, h, w) in model units, cut it to size, and give it the colours of the LR picture.
+
+    Returns:
+        (B, 3, H, W) in [0, 1].
+    """
+    height, width = encoded.upscaled.shape[-2:]
+    image = (models.decode(model.vae, latents)[..., :height, :width] + 1.0) / 2.0
+    if color_fix == "none":
+        return image
+    channels_last = (image.movedim(1, -1), encoded.upscaled.movedim(1, -1))
+    return METHODS[color_fix](*channels_last).clamp(0.0, 1.0).movedim(-1, 1)
 
 
 @torch.no_grad()
@@ -131,6 +142,7 @@ def restore(
     steps: int = 50,
     denoise: float = 1.0,
     lsa: LSAConfig | None = None,
+    color_fix: ColorFix = "none",
 ) -> Tensor:
     """Upscale pictures from pixels to pixels.
 
@@ -142,13 +154,14 @@ def restore(
         steps: number of inference steps.
         denoise: share of the way that is sampled, from x_lr; 1 is the paper's.
         lsa: strengths and phases; None = off.
+        color_fix: none, which is the paper's, or a method of the node ClearSR Color Fix.
 
     Returns:
         (B, 3, scale h, scale w) in [0, 1].
     """
     encoded = encode_lr(model, lr_images, scale)
     x_0 = restore_latents(model, encoded, seed, steps=steps, denoise=denoise, lsa=lsa)
-    return to_pixels(model, x_0, encoded.size)
+    return to_pixels(model, x_0, encoded, color_fix)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from clearsr_core.lsa import LSAConfig
 from . import config
 from .clearsr_model import ClearSRModel
 from .photographs import SUFFIXES, read_pixels, to_bytes, write_png
-from .pipeline import restore
+from .pipeline import ColorFix, restore
 
 log = logging.getLogger("clearsr.training")
 
@@ -39,6 +39,7 @@ class RestoreSettings:
     ela_end: float = 0.3  # share of the steps in which alpha acts
     lla_start: float = 0.88  # share of the steps after which beta acts
     accumulate: Literal["per_step", "over_phase"] = "per_step"  # over_phase: the same look at any number of steps
+    color_fix: ColorFix = "none"  # wavelet, adain or lab: as the node ClearSR Color Fix
     threads: int = 0
 
 
@@ -70,6 +71,7 @@ def run(settings: RestoreSettings) -> None:
             steps=settings.steps,
             denoise=settings.denoise,
             lsa=lsa,
+            color_fix=settings.color_fix,
         )
         write_png(to_bytes(restored[0]), target)
 

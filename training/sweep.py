@@ -31,6 +31,7 @@ from .clearsr_model import ClearSRModel
 from .evaluate import EvaluationSettings
 from .photographs import read_pixels, to_bytes, write_png
 from .pipeline import (
+    ColorFix,
     EncodedLR,
     bound_eps,
     encode_lr,
@@ -65,6 +66,7 @@ class SweepSettings:
     ela_end: float = 0.3
     lla_start: float = 0.88
     accumulate: Literal["per_step", "over_phase"] = "per_step"
+    color_fix: ColorFix = "none"  # wavelet, adain or lab: as the node ClearSR Color Fix
     efflite: bool = True
     threads: int = 0
 
@@ -80,7 +82,13 @@ def setting_name(alpha: float, beta: float) -> str:
 
 @torch.no_grad()
 def over_betas(
-    model: ClearSRModel, encoded: EncodedLR, seed: int, steps: int, settings: list[LSAConfig], denoise: float = 1.0
+    model: ClearSRModel,
+    encoded: EncodedLR,
+    seed: int,
+    steps: int,
+    settings: list[LSAConfig],
+    denoise: float = 1.0,
+    color_fix: ColorFix = "none",
 ) -> Iterator[Tensor]:
     """Yield what `pipeline.restore` gives for each of `settings`, which differ in beta only; bit for bit the same.
 
@@ -93,6 +101,7 @@ def over_betas(
         steps: number of inference steps.
         settings: at least one; phases and alpha are the same in all of them.
         denoise: share of the way that is sampled, from x_lr.
+        color_fix: as of `pipeline.restore`.
 
     Yields:
         (B, 3, H, W) in [0, 1] for each, in their order.
@@ -112,7 +121,7 @@ def over_betas(
         x_0 = shared
         for output in trajectory(eps, scheduler, shared, encoded.anchor, generator, lsa=lsa, first=late):
             x_0 = output.state
-        yield to_pixels(model, x_0, encoded.size)
+        yield to_pixels(model, x_0, encoded, color_fix)
 
 
 def restore_grid(settings: SweepSettings) -> None:
@@ -136,7 +145,9 @@ def restore_grid(settings: SweepSettings) -> None:
                 encoded = encoded or encode_lr(model, read_pixels(pair.lr), evaluate.SCALE)
                 progress.set_postfix_str(f"{pair.name} alpha {alpha:g}")
                 grid = [settings.lsa(alpha, beta) for beta in missing]
-                results = over_betas(model, encoded, settings.seed, settings.steps, grid, settings.denoise)
+                results = over_betas(
+                    model, encoded, settings.seed, settings.steps, grid, settings.denoise, settings.color_fix
+                )
                 for beta, result in zip(missing, results, strict=True):
                     write_png(to_bytes(result[0]), targets[beta])
                     progress.update()

@@ -16,7 +16,7 @@ from training import restore as restore_command
 from training import sweep
 from training.clearsr_model import ClearSRModel
 from training.photographs import read_rgb, to_bytes
-from training.pipeline import encode_lr, restore
+from training.pipeline import ColorFix, encode_lr, restore
 
 STEPS = 4
 PHASES = {"ela_end": 0.25, "lla_start": 0.5}
@@ -44,18 +44,22 @@ def model(chain: Path) -> ClearSRModel:
 
 
 @pytest.mark.parametrize(
-    ("ela_end", "lla_start", "accumulate", "denoise"),
-    [(0.3, 0.5, "per_step", 1.0), (0.3, 0.5, "over_phase", 0.4), (0, 0, "per_step", 1.0)],
+    ("ela_end", "lla_start", "accumulate", "denoise", "color_fix"),
+    [
+        (0.3, 0.5, "per_step", 1.0, "none"),
+        (0.3, 0.5, "over_phase", 0.4, "wavelet"),
+        (0, 0, "per_step", 1.0, "none"),
+    ],
 )
 def test_shared_work_changes_no_bit(
-    model: ClearSRModel, ela_end: float, lla_start: float, accumulate: str, denoise: float
+    model: ClearSRModel, ela_end: float, lla_start: float, accumulate: str, denoise: float, color_fix: ColorFix
 ) -> None:
     """A late phase of two steps of three, by both rules of strength, part of the way too; and one from the first on."""
     image = torch.rand(1, 3, 12, 10, generator=torch.Generator().manual_seed(0))
     grid = [LSAConfig(0.2, beta, ela_end, lla_start, accumulate) for beta in (0.3, 0.0)]  # type: ignore[arg-type]
-    shared = list(sweep.over_betas(model, encode_lr(model, image), 5, 3, grid, denoise))
+    shared = list(sweep.over_betas(model, encode_lr(model, image), 5, 3, grid, denoise, color_fix))
     for lsa, result in zip(grid, shared, strict=True):
-        assert torch.equal(result, restore(model, image, 5, steps=3, denoise=denoise, lsa=lsa))
+        assert torch.equal(result, restore(model, image, 5, steps=3, denoise=denoise, lsa=lsa, color_fix=color_fix))
     assert not torch.equal(*shared)
 
 

@@ -35,6 +35,7 @@ class AblationRun:
     steps: int = 50
     denoise: float = 1.0
     accumulate: str = "per_step"
+    color_fix: str = "none"
     alpha: float = 0.0
     beta: float = 0.0
     timestep: int = 500  # of the control whose D_kl is taken
@@ -82,7 +83,9 @@ def trained(here: Work, way: str, variant: str, seed: int, progress: work.Progre
 def restored(here: Work, run: AblationRun, variant: str, seed: int, file: Path) -> Path:
     """Upscale the split's pictures with a trained variant; return their folder."""
     folder = here.here / "restored" / run.training / f"{variant}_seed{seed}"
-    sampling = {key: getattr(run, key) for key in ("steps", "denoise", "accumulate", "alpha", "beta", "seed")}
+    sampling = {
+        key: getattr(run, key) for key in ("steps", "denoise", "accumulate", "color_fix", "alpha", "beta", "seed")
+    }
     work.claim(folder, {**sampling, "checkpoint": results.sha256(file)})
     restore.run(
         config.build(
@@ -95,6 +98,7 @@ def restored(here: Work, run: AblationRun, variant: str, seed: int, file: Path) 
                 "steps": run.steps,
                 "denoise": run.denoise,
                 "accumulate": run.accumulate,
+                "color_fix": run.color_fix,
                 "ela_strength": run.alpha,
                 "lla_strength": run.beta,
                 "seed": run.seed,

@@ -34,6 +34,7 @@ class GridRun:
     accumulate: str
     alphas: tuple[float, ...]
     betas: tuple[float, ...]
+    color_fix: str = "none"
     baselines: tuple[str, ...] = ()  # restored and measured beside it
     seed: int = 0
 
@@ -60,6 +61,7 @@ def grid(experiment: Experiment, here: Work) -> results.Stored:
                     "denoise": run.denoise,
                     "seed": run.seed,
                     "accumulate": run.accumulate,
+                    "color_fix": run.color_fix,
                 },
             )
         )
