@@ -73,7 +73,7 @@ def _lab_to_rgb(values: Tensor) -> Tensor:
     y = (lightness + 16.0) / 116.0
     root = torch.stack([y + a / 500.0, y, y - b / 200.0], dim=-1)
     xyz = torch.where(root > _LAB_EDGE, root**3, 3 * _LAB_EDGE**2 * (root - 4 / 29)) * values.new_tensor(_WHITE)
-    linear = (xyz @ torch.linalg.inv(values.new_tensor(_RGB_TO_XYZ)).T).clamp(0.0, 1.0)
+    linear = (xyz @ values.new_tensor(_RGB_TO_XYZ).inverse().T).clamp(0.0, 1.0)
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp(min=1e-9) ** (1 / 2.4) - 0.055)
 
 
