@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import demo, environment, hosts, server, test
+from tools import demo, environment, hosts, quality, server, test
 from tools.terminal import ToolError
 from tools.websocket import WebSocket
 
@@ -235,3 +235,32 @@ def test_demo_upscales_with_a_file_of_ones_own(tmp_path, monkeypatch):
 def test_demo_names_a_checkpoint_that_is_not_there(tmp_path):
     with pytest.raises(ToolError, match="no such file"):
         demo.main([f"--checkpoint={tmp_path / 'none.safetensors'}"])
+
+
+def test_quality_changes_the_widget_that_is_named_and_keeps_its_kind():
+    prompt = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
+    sampler = demo.only_node(prompt, "ClearSRLSAKSampler")[1]
+    for setting in ("steps=20", "cfg=2", "strength_rule=over the phase", "start_from_lr=false"):
+        quality.change(prompt, setting)
+    changed = [sampler[name] for name in ("steps", "cfg", "strength_rule", "start_from_lr")]
+    assert changed == [20, 2.0, "over the phase", False]
+    assert [type(value) for value in changed] == [int, float, str, bool]
+    quality.change(prompt, "ClearSRControlApply.tile_size=512")
+    assert demo.only_node(prompt, "ClearSRControlApply")[1]["tile_size"] == 512
+    assert demo.only_node(prompt, "ClearSRLREncode")[1]["tile_size"] == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("tile_size=512", "2 widgets"),
+        ("guidance=2", "0 widgets.*ClearSRLSAKSampler.cfg"),
+        ("ClearSRLSAKSampler.model=2", "0 widgets"),
+        ("steps=many", "'many' cannot stand in for 7"),
+        ("start_from_lr=maybe", "cannot stand in for True"),
+    ],
+)
+def test_quality_refuses_a_setting_that_means_nothing(setting, message):
+    prompt = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
+    with pytest.raises(ToolError, match=message):
+        quality.change(prompt, setting)

@@ -1,6 +1,6 @@
 """Measure what the pack does to real photographs: every picture through the nodes of a real ComfyUI, then one table.
 
-    python -m tools.quality --hr=FOLDER --lr=FOLDER [--limit=20] [--alpha=0,0.02,0.05] [--beta=0,0.02,0.05]
+    python -m tools.quality --hr=FOLDER --lr=FOLDER [--limit=20] [--alpha=0,0.02] [--beta=0,0.02] [--set=cfg=2]
 
 `--hr` holds photographs, `--lr` the same at a quarter of the size, paired by name as training.evaluate does.
 Pictures that are already there are not made again, so a stopped run continues. The table stands beside bicubic
@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 
 from . import environment, hosts
-from .demo import WORKFLOW, only_node
+from .demo import WORKFLOW, choose_checkpoint, only_node
 from .environment import ROOT
 from .server import Prompt, Server, running
 from .terminal import ProgressBar, ToolError, run_command, say
@@ -36,6 +36,35 @@ def settings_of(alphas: list[float], betas: list[float]) -> list[Setting]:
 def folder_of(out: Path, setting: Setting) -> Path:
     """Return where the pictures of one setting go."""
     return out / f"alpha{setting[0]:g}_beta{setting[1]:g}"
+
+
+def change(prompt: Prompt, setting: str) -> None:
+    """Set a widget of a workflow, as "cfg=2", or "ClearSRControlApply.tile_size=512" where two nodes have one."""
+    name, _, text = setting.partition("=")
+    node, _, widget = name.rpartition(".")
+    found = [
+        inputs
+        for inputs in (one["inputs"] for one in prompt.values() if node in ("", one["class_type"]))
+        if widget in inputs and not isinstance(inputs[widget], list)
+    ]
+    if len(found) != 1:
+        widgets = sorted(
+            f"{one['class_type']}.{key}"
+            for one in prompt.values()
+            for key, value in one["inputs"].items()
+            if not isinstance(value, list)
+        )
+        raise ToolError(
+            f"--set={setting}: {len(found)} widgets of the workflow are named so. There are: {', '.join(widgets)}"
+        )
+    before = found[0][widget]
+    try:
+        if isinstance(before, bool):
+            found[0][widget] = {"true": True, "false": False}[text]
+        else:
+            found[0][widget] = type(before)(text)
+    except (ValueError, KeyError):
+        raise ToolError(f"--set={setting}: {text!r} cannot stand in for {before!r}") from None
 
 
 def upscale(server: Server, prompt: Prompt, picture: Path, settings: list[Setting], out: Path, name: str) -> int:
@@ -64,10 +93,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=20, help="how many pairs, in the order of names (default 20)")
     parser.add_argument("--alpha", default="0,0.02,0.05", help="alphas to try with beta 0")
     parser.add_argument("--beta", default="0,0.02,0.05", help="betas to try with alpha 0")
-    parser.add_argument("--steps", type=int, help="of LSA KSampler (default: the workflow's)")
-    parser.add_argument("--denoise", type=float, help="of LSA KSampler (default: the workflow's)")
-    parser.add_argument("--strength_rule", help="of LSA KSampler (default: the workflow's)")
-    parser.add_argument("--method", help="of ClearSR Color Fix (default: the workflow's)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="WIDGET=VALUE",
+        help="another setting than the workflow's, as steps=20 or cfg=2; again for each",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="self-contained ClearSR file to use instead of the shipped one")
     parser.add_argument("--comfyui", default=hosts.NEWEST, choices=hosts.VERSIONS)
     parser.add_argument("--baselines", default="bicubic,realesrgan")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "quality")
@@ -75,27 +108,25 @@ def main(arguments: list[str]) -> int:
     for name in ("hr", "lr"):
         if not getattr(options, name).is_dir():
             raise ToolError(f"--{name}={getattr(options, name)} is not a folder")
+    if options.checkpoint is not None and not options.checkpoint.is_file():
+        raise ToolError(f"--checkpoint={options.checkpoint}: no such file")
     pictures = sorted(path for path in options.lr.iterdir() if path.suffix.lower() == ".png")[: options.limit]
     if not pictures:
         raise ToolError(f"no PNG pictures in --lr={options.lr}")
     settings = settings_of(*([float(value) for value in text.split(",")] for text in (options.alpha, options.beta)))
 
     prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    checkpoint = ROOT / "models" / only_node(prompt, "ClearSRLoader")[1]["checkpoint"]
+    checkpoint = options.checkpoint or ROOT / "models" / only_node(prompt, "ClearSRLoader")[1]["checkpoint"]
+    if options.checkpoint is not None:
+        choose_checkpoint(prompt, checkpoint)
     identity = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
-    sampler, colour_fix = (only_node(prompt, name)[1] for name in ("ClearSRLSAKSampler", "ClearSRColorFix"))
-    for inputs, name in (
-        (sampler, "steps"),
-        (sampler, "denoise"),
-        (sampler, "strength_rule"),
-        (colour_fix, "method"),
-    ):
-        if getattr(options, name) is not None:
-            inputs[name] = getattr(options, name)
-    rule = "_".join(str(sampler["strength_rule"]).split()[:2])
-    out = options.out.resolve() / "_".join(
-        [identity, f"{sampler['steps']}x{sampler['denoise']:g}", rule, colour_fix["method"], options.comfyui]
-    )
+    for setting in options.set:
+        change(prompt, setting)
+    workflow = json.dumps(prompt, indent=2, sort_keys=True) + "\n"
+    out = options.out.resolve() / f"{identity}_{hashlib.sha256(workflow.encode()).hexdigest()[:8]}_{options.comfyui}"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "workflow.json").write_text(workflow, encoding="utf-8")
+    say(f"{' '.join(options.set) or 'settings of the workflow'}: {out}")
 
     python = environment.ensure("test")
     host = hosts.ensure(options.comfyui, python)
