@@ -22,7 +22,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from . import config, evaluation_plots, loop, metrics, published, tables
+from . import comparison_sheet, config, evaluation_plots, loop, metrics, published, tables
 from .baselines import SCALE, BaselineMissingError, Upscaler, upscaler
 from .learned_metrics import LearnedMetricMissingError, LearnedMetrics
 from .photographs import SUFFIXES, read_rgb, reason
@@ -31,7 +31,7 @@ from .tables import REFERENCE, TITLES, EvaluationError, Results
 log = logging.getLogger("clearsr.training")
 
 MADE_FROM = "made-from"  # PNG text of a cached baseline output: SHA-256 of the LR file
-_MAY_CHANGE = ("threads", "device", "overwrite")  # settings that change no figure
+_MAY_CHANGE = ("threads", "device", "overwrite", "sheet_rows", "sheet_side")  # settings that change no figure
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class EvaluationSettings:
     pyiqa: tuple[str, ...] = ()  # learned measures: lpips, dists, musiq, maniqa, clipiqa
     pyiqa_weights: Path = Path()  # folder that holds pyiqa, checkpoints and clip; empty = torch's hub folder
     device: str = "cpu"  # of the learned measures
+    sheet_rows: int = 0  # pictures on each sheet of LR, all methods and HR; 0 = no sheets
+    sheet_side: int = 0  # only the middle of so many pixels of the result is shown on them; 0 = everything
     overwrite: bool = False  # replace the evaluation of other settings in `out`
 
 
@@ -228,6 +230,8 @@ def run(settings: EvaluationSettings) -> str:
     names = [method.partition("=")[0] for method in settings.methods]
     if not names:
         raise EvaluationError("--methods names nothing to measure.")
+    if settings.sheet_rows < 0 or settings.sheet_side < 0:
+        raise EvaluationError("--sheet_rows and --sheet_side take 0 or more.")
     against = settings.against or names[0]
     if against not in names:
         raise EvaluationError(f"--against={against} is none of the methods ({', '.join(names)}).")
@@ -244,7 +248,19 @@ def run(settings: EvaluationSettings) -> str:
     appendix = "" if known is None else published.markdown(known, means, len(tables.picture_names(results)))
     text = tables.write_tables(settings.out, identity, results, against, appendix)
     evaluation_plots.write(settings.out, results, against, known)
+    if settings.sheet_rows:
+        write_sheets(settings, results)
     return text
+
+
+def write_sheets(settings: EvaluationSettings, results: Results) -> None:
+    """Write every picture beside what each method made of it, to be looked at."""
+    pairs = {pair.name: pair for pair in find_pairs(settings.hr, settings.lr, settings.limit)}
+    readers: dict[str, comparison_sheet.Reader] = {comparison_sheet.LR: lambda name: read_picture(pairs[name].lr)}
+    for method, read in output_readers(settings, list(pairs.values())).items():
+        readers[method] = lambda name, read=read: read(pairs[name])
+    readers[REFERENCE] = lambda name: read_picture(pairs[name].hr)
+    comparison_sheet.write(settings.out, list(pairs), readers, results, settings.sheet_rows, settings.sheet_side)
 
 
 def main(arguments: list[str]) -> int:

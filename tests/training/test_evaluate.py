@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import baselines, evaluate
+from training import baselines, comparison_sheet, evaluate
 from training.evaluate import EvaluationError, EvaluationSettings, find_pairs, picture_name, read_picture
 from training.tables import REFERENCE, Summary, differences, markdown, summarise, verdict
 
@@ -314,6 +314,30 @@ def test_pictures_in_other_modes_are_measured_as_8_bit_rgb(
     settings = EvaluationSettings(*folders, tmp_path / "out", (f"plain={plain}", f"other={other}"), efflite=False)
     results = evaluate.evaluate(settings)
     assert results["plain"] == results["other"]
+
+
+def test_sheets_hold_every_picture_beside_its_methods(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two sheets of one picture each; every column is the picture that the method gave, in its place."""
+    out = tmp_path / "out"
+    names = [pair.name for pair in evaluate.find_pairs(*folders)]
+    assert evaluate.main(command(folders, out, "--sheet_rows=1", "--sheet_side=64")) == 0
+    sheets = sorted(out.glob("comparison_*.png"))
+    assert [sheet.name for sheet in sheets] == [f"comparison_{n:02d}.png" for n in range(1, len(names) + 1)]
+    gap, wide = comparison_sheet.GAP, 64 + 2 * comparison_sheet.GAP
+    for name, sheet in zip(names, sheets, strict=True):
+        pixels = np.asarray(Image.open(sheet))
+        hr = evaluate.read_picture(next(folders[0].glob(f"{name}*")))
+        shown = comparison_sheet.middle(hr, 64)
+        last = pixels.shape[1] - wide + gap
+        assert np.array_equal(pixels[gap : gap + 64, last : last + 64], shown)
+        lr = Image.open(next(folders[1].glob(f"{name}*"))).convert("RGB")
+        enlarged = np.asarray(lr.resize((hr.shape[1], hr.shape[0]), Image.Resampling.NEAREST))
+        assert np.array_equal(pixels[gap : gap + 64, gap : gap + 64], comparison_sheet.middle(enlarged, 64))
+
+    # Fewer sheets than before leave no old one, and whole pictures are shown where no middle is asked for.
+    assert evaluate.main(command(folders, out, f"--sheet_rows={len(names)}")) == 0
+    assert [sheet.name for sheet in out.glob("comparison_*.png")] == ["comparison_01.png"]
+    assert evaluate.main(command(folders, tmp_path / "none", "--sheet_rows=-1")) == 1
 
 
 def test_against_names_a_method(folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
