@@ -6,6 +6,9 @@ import datetime
 import hashlib
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,14 @@ def _shortened(value: Any) -> Any:  # noqa: ANN401 - a tree of what JSON holds
     return value
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write that takes the place of `path` at the end: whole, and also where two processes write it."""
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    yield unfinished
+    os.replace(unfinished, path)
+
+
 def path_of(folder: Path, experiment: str, split: str) -> Path:
     """Return where a result lies."""
     return folder / f"{experiment}.{split}.json"
@@ -103,7 +114,8 @@ def write(folder: Path, stored: Stored) -> Path:
         table[key] = _shortened(table[key])
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(folder, stored.experiment, stored.split)
-    path.write_text(_compact(table) + "\n", encoding="utf-8")
+    with replacing(path) as unfinished:
+        unfinished.write_text(_compact(table) + "\n", encoding="utf-8")
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -92,9 +91,8 @@ def gather(work: Work) -> None:
         for source, copy in ((pair.hr, target.hr), (pair.lr, target.lr)):
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.is_file():
-                unfinished = copy.with_suffix(".part")
-                shutil.copyfile(source, unfinished)
-                os.replace(unfinished, copy)
+                with results.replacing(copy) as unfinished:
+                    shutil.copyfile(source, unfinished)
             elif copy.read_bytes() != source.read_bytes():
                 raise EvaluationError(f"{copy} is another picture than {source}. Give another --work.")
         copied.append(target)
@@ -120,9 +118,8 @@ def claim(folder: Path, made_with: dict[str, Any]) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write JSON so that a stop leaves the file before it or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with results.replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
