@@ -41,7 +41,8 @@ class ClearSRModel(nn.Module):
             torch.manual_seed(seed)
             self.control = ClearSRControl(control)
             initialise_from_unet(self.control, base.unet.state_dict(), torch.Generator().manual_seed(seed))
-            # Seeded again: variants of the control, compared at one seed, have to begin with the same LoRAs and p.
+            # Seeded again, as variants of the control, compared at one seed, have to begin with the same LoRAs and
+            # image encoder; peft draws from the global generator, which fork_rng puts back afterwards.
             torch.manual_seed(seed)
             self.lr_encoder = models.LREncoder(base.vae, rank)
             models.add_decoder_lora(base.unet, rank)

@@ -281,6 +281,7 @@ def test_the_whole_chain_stops_goes_on_and_repeats_nothing(
     assert (tmp_path / "work" / "results" / "table2.tuning.json").read_bytes() == kept
     with pytest.raises(AssertionError, match="done twice"):  # but a result of fewer pictures is another one
         reproduce.main([*elsewhere, "--run=table2", "--limit=1"])
+    assert "is of another pictures" in caplog.text
 
     stored = results.read(tmp_path / "work" / "results" / "table2.tuning.json")
     assert (stored.seeds, stored.pictures, stored.made.budget) == ((0, 1), ["a", "b"], "tiny")

@@ -103,7 +103,6 @@ class Training:
 
     settings: dict[str, Any]  # of stage 3
     variants: dict[str, dict[str, Any]]  # name -> what differs
-    hours: float  # of one training, estimated, on one CPU core
 
 
 def training(way: str, budget: Budget) -> Training:
@@ -117,4 +116,4 @@ def training(way: str, budget: Budget) -> Training:
         raise ConfigError(f"{SHARED}.toml has no way {way!r}: {', '.join(table['ways'])}.")
     found = table["ways"][way]
     settings = {**found["settings"], **(table["tiny"] if budget == "tiny" else {})}
-    return Training(settings, table["variants"], found["hours"])
+    return Training(settings, table["variants"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import torch
 
 from .. import model_card
 from ..tables import EvaluationError, Results
+
+log = logging.getLogger("clearsr.training")
 
 HELD_OUT, TUNING, PHOTOGRAPHS = "held_out", "tuning", "photographs"
 SPLITS = (HELD_OUT, PHOTOGRAPHS, TUNING)  # the document shows the first of them that has results
@@ -179,13 +182,23 @@ def seeds_of(
         checkpoint: SHA-256 of the file that has to be the base.
         settings: what it has to be made with.
         pictures: names of all that have to be measured, in order.
+
+    A result made with anything else is named in a warning.
     """
     path = path_of(folder, experiment, split)
     if not path.is_file():
         return {}
     stored = read(path)
-    same = stored.made.sha256 == checkpoint and stored.made.settings == settings and stored.pictures == pictures
-    return dict(zip(stored.seeds, stored.runs, strict=True)) if same else {}
+    other = {
+        "checkpoint": stored.made.sha256 != checkpoint,
+        "settings": stored.made.settings != settings,
+        "pictures": stored.pictures != pictures,
+    }
+    if any(other.values()):
+        differs = ", ".join(name for name, changed in other.items() if changed)
+        log.warning("%s is of another %s: none of its seeds is taken, and a new result replaces it.", path, differs)
+        return {}
+    return dict(zip(stored.seeds, stored.runs, strict=True))
 
 
 def shown(folder: Path, experiment: str) -> Stored | None:
