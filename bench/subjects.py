@@ -16,7 +16,7 @@ from ..clearsr_core import checkpoint as checkpoints
 from ..clearsr_core.config import NANO, SD21_NETWORKS, TINY, BaseConfig, ClearSRConfig
 from ..clearsr_core.shapes import checkpoint_shapes
 
-NANO_FILE = "clearsr-nano-v0.safetensors"
+NANO_FILE = "clearsr-nano.safetensors"
 TOKENS = 77  # of a prompt of SD 2.1
 _BLOCK = 1 << 22  # random numbers that are drawn; larger weights repeat them
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-NANO = "clearsr-nano-v0.safetensors"
+NANO = "clearsr-nano.safetensors"
 # Measured on the first crops of RealSR (docs/NANO.md); the paper's 50 steps the whole way are the node's own defaults.
 NANO_SAMPLING: dict[str, object] = {"steps": 7, "denoise": 0.35, "strength_rule": "per step (paper)"}
 WIDTH = 320

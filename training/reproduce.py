@@ -49,7 +49,7 @@ class ReproduceSettings:
     lr: Path = Path()  # folder of small ones
     work: Path = Path()  # folder of what is trained, restored and measured
     data: Path = Path()  # photographs, for what is trained
-    checkpoint: Path = Path("models/clearsr-nano-v0.safetensors")  # the model looked into, and the base of ablations
+    checkpoint: Path = Path("models/clearsr-nano.safetensors")  # the model looked into, and the base of ablations
     split: str = results.TUNING  # which pictures of the folders: tuning, held_out, or photographs (all of them)
     limit: int = 0  # only the first pictures of the split; 0 = all
     seeds: tuple[int, ...] = (0, 1, 2)  # trainings of each variant; those that the stored result has are kept

@@ -21,7 +21,7 @@ from PIL import Image
 
 pytestmark = [pytest.mark.large, pytest.mark.timeout(3600)]
 
-NANO = "clearsr-nano-v0.safetensors"
+NANO = "clearsr-nano.safetensors"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -158,7 +158,7 @@ def test_a_picture_is_finished_whatever_stage_runs_out_of_memory(tiny, picture, 
 
 def test_the_hosts_tiled_decoding_is_the_same_picture(monkeypatch) -> None:
     """Nano: VAE Decode where memory runs out, against one piece. Colours drift a little; Color Fix brings them back."""
-    _, vae, clearsr = rig.run("ClearSRLoader", checkpoint="clearsr-nano-v0.safetensors")
+    _, vae, clearsr = rig.run("ClearSRLoader", checkpoint="clearsr-nano.safetensors")
     latent, enlarged = rig.run("ClearSRLREncode", clearsr=clearsr, image=textured(1, 144, 16), scale=4.0)
     pictures = [rig.run("VAEDecode", samples=latent, vae=vae)]
     failures = fails_once(monkeypatch, vae.first_stage_model, "decode", 64)

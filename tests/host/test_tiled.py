@@ -321,7 +321,7 @@ def test_memory_is_asked_for_the_whole_where_it_cannot_be_cut(tiny, wide, monkey
 
 def test_seams_cannot_be_seen() -> None:
     """Nano, many tiles: no more gradient across borders than at the same places of the picture in one piece."""
-    model, vae, clearsr = rig.run("ClearSRLoader", checkpoint="clearsr-nano-v0.safetensors")
+    model, vae, clearsr = rig.run("ClearSRLoader", checkpoint="clearsr-nano.safetensors")
     latent, _ = rig.run("ClearSRLREncode", clearsr=clearsr, image=textured(2, 64, 48), scale=4.0)
     cut = tiles.layout(32, 24, SIDE, OVERLAP)
     scores = []
