@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import models
-from .base_model import BaseModel
+from .base_model import BaseModel, load_autoencoder
 from .batches import Ahead, DataSettings
 from .latents import Crops
 from .randomness import generator_for
@@ -20,7 +20,7 @@ from .randomness import generator_for
 
 @dataclass(frozen=True)
 class BaseSettings(DataSettings):
-    """Settings of the base stage; `vae` is the folder that the autoencoder stage wrote."""
+    """Settings of the base stage; `vae` is the folder that the autoencoder stage wrote, or a self-contained file."""
 
     vae: Path = Path("runs/nano_autoencoder/vae")
     cache: Path = Path("runs/latents.safetensors")  # encoded crops, shared with the ClearSR stage
@@ -68,8 +68,7 @@ class BaseStage:
 
     def __init__(self, settings: BaseSettings) -> None:
         self.settings = settings
-        vae = AutoencoderKL.from_pretrained(settings.vae, local_files_only=True, use_safetensors=True)
-        self.vae = vae.to(settings.device).eval().requires_grad_(False)
+        self.vae = load_autoencoder(settings.vae).to(settings.device).eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.unet = models.build_unet(

@@ -143,6 +143,29 @@ class BaseModel:
         save_file({"null_text": self.null_text.detach().float().contiguous()}, folder / NULL_TEXT_FILE)
 
 
+def load_autoencoder(source: Path) -> AutoencoderKL:
+    """Read an autoencoder: a `vae` folder in diffusers' layout, or that of a self-contained ClearSR file.
+
+    Raises:
+        ValueError: it is neither; one sentence that says what, and what to do.
+    """
+    advice = "Give the `vae` folder of a finished autoencoder run, or a ClearSR file that carries its base model."
+    if source.is_file():
+        header = read_safetensors_header(source, "a ClearSR file")
+        if "clearsr.format" not in header.metadata:
+            raise ValueError(f"--vae={source} is no ClearSR file. {advice}")
+        stored = checkpoint.read(source)
+        if stored.config.base is None:
+            raise ValueError(f"--vae={source} is a ClearSR file without a base model. {advice}")
+        return BaseModel.from_checkpoint(stored).vae
+    if not (source / "config.json").is_file():
+        raise ValueError(f"--vae={source} holds no autoencoder: there is no {source}/config.json. {advice}")
+    try:
+        return AutoencoderKL.from_pretrained(source, local_files_only=True, use_safetensors=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"--vae={source} cannot be read ({error}). {advice}") from error
+
+
 def random_networks(widths: tuple[int, ...]) -> BaseConfig:
     """Return SD 2.1's networks with another UNet: as wide as `widths`, autoencoder in proportion, text 1024 wide."""
     if widths == SD21_NETWORKS.unet_widths:

@@ -200,6 +200,25 @@ def test_a_base_is_trained_further_from_a_file(chain: Path, tmp_path: Path) -> N
         torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-7)
 
 
+def test_another_base_is_trained_on_the_autoencoder_of_a_file(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = chain / "nano" / "clearsr.safetensors"
+    command = ["--preset=nano_base", f"--data={chain}/photographs", "--widths=32,32,32,32", "--context_dim=16"]
+    command += ["--crop=64", "--crops=2", "--batch=2", "--steps=1", "--warmup=0", "--validate_every=0", "--threads=1"]
+    command += [f"--cache={tmp_path}/latents.safetensors", f"--out={tmp_path}/run"]
+    assert train.main([*command, f"--vae={file}"]) == 0
+    theirs, ours = BaseModel.load(file).vae.state_dict(), BaseModel.load(tmp_path / "run").vae.state_dict()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+    # What holds no autoencoder is named, and nothing begins.
+    (tmp_path / "other.safetensors").write_bytes(b"no weights")
+    for wrong in ("absent", "other.safetensors"):
+        assert train.main([*command, f"--out={tmp_path}/{wrong}_run", f"--vae={tmp_path}/{wrong}"]) == 1
+        assert f"{tmp_path}/{wrong}" in caplog.text
+        assert not list(tmp_path.glob(f"{wrong}_run/state_*"))
+
+
 def test_a_file_of_another_model_is_refused(chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert train.main([*_fixed_encoders(chain, tmp_path, "run", 1), "--rank=4"]) == 1
     assert "holds another model" in caplog.text
