@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -248,6 +249,25 @@ def test_quality_changes_the_widget_that_is_named_and_keeps_its_kind():
     quality.change(prompt, "ClearSRControlApply.tile_size=512")
     assert demo.only_node(prompt, "ClearSRControlApply")[1]["tile_size"] == 512
     assert demo.only_node(prompt, "ClearSRLREncode")[1]["tile_size"] == 0
+
+
+def test_quality_tells_what_the_baselines_miss_before_it_samples(tmp_path, monkeypatch):
+    for folder in ("hr", "lr"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "lr" / "a.png").touch()
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(quality.subprocess, "run", run)
+    monkeypatch.setattr(environment, "ensure", lambda _: Path("python"))
+    monkeypatch.setattr(hosts, "ensure", lambda *_: pytest.fail("a host was made ready"))
+    folders = [f"--hr={tmp_path}/hr", f"--lr={tmp_path}/lr", f"--out={tmp_path}/out"]
+    assert quality.main([*folders, "--baselines=realesrgan"]) == 1
+    assert len(commands) == 1
+    assert "--methods=realesrgan" in commands[0]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,14 @@ def upscale(server: Server, prompt: Prompt, picture: Path, settings: list[Settin
     return len(missing)
 
 
+def evaluate(python: Path, options: argparse.Namespace, methods: list[str], out: Path) -> int:
+    """Measure `methods` on the pairs and write the tables; return the exit status of training.evaluate."""
+    command = [str(python), "-m", "training.evaluate", f"--hr={options.hr}", f"--lr={options.lr}"]
+    # The folder is named after what made its pictures: tables of fewer settings or pictures may go.
+    command += [f"--limit={options.limit}", f"--methods={','.join(methods)}", f"--out={out}", "--overwrite=true"]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
 def main(arguments: list[str]) -> int:
     """Upscale, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m tools.quality", description="Measure the nodes on photographs.")
@@ -129,9 +137,13 @@ def main(arguments: list[str]) -> int:
     say(f"{' '.join(options.set) or 'settings of the workflow'}: {out}")
 
     python = environment.ensure("test")
-    host = hosts.ensure(options.comfyui, python)
+    baselines = options.baselines.split(",")
     names = [f"{picture.stem}.png" for picture in pictures]
     if any(not (folder_of(out, setting) / name).exists() for setting in settings for name in names):
+        # First, so that a package that they miss is told before minutes of sampling; their pictures are kept.
+        if (status := evaluate(python, options, baselines, out)) != 0:
+            return status
+        host = hosts.ensure(options.comfyui, python)
         say(f"{len(pictures)} pictures at {len(settings)} settings through ComfyUI {host.version}")
         bar = ProgressBar("pictures")
         with running(host, out / "comfyui") as server:
@@ -140,11 +152,8 @@ def main(arguments: list[str]) -> int:
                 bar.update(index + 1, len(pictures))
         bar.close()
 
-    methods = [*options.baselines.split(","), *(f"{folder_of(out, s).name}={folder_of(out, s)}" for s in settings)]
-    command = [str(python), "-m", "training.evaluate", f"--hr={options.hr}", f"--lr={options.lr}"]
-    # The folder is named after what made its pictures: tables of fewer settings or pictures may go.
-    command += [f"--limit={options.limit}", f"--methods={','.join(methods)}", f"--out={out}", "--overwrite=true"]
-    return subprocess.run(command, cwd=ROOT).returncode
+    made = [f"{folder_of(out, setting).name}={folder_of(out, setting)}" for setting in settings]
+    return evaluate(python, options, [*baselines, *made], out)
 
 
 if __name__ == "__main__":
