@@ -18,6 +18,7 @@ from . import models
 from .clearsr_model import ClearSRModel
 
 ColorFix = Literal["none", ColorMethod]
+Target = Literal["step", "x0"]  # what LSA moves: the state behind each step, or the estimate of x_0 (decision 0008)
 
 GRID = 64  # pixels; the deepest level of the UNet then has whole windows
 START_TIMESTEP = 999  # the LR start adds the noise of the last training step, whatever the first step of the schedule
@@ -89,9 +90,21 @@ def encode_lr(model: ClearSRModel, lr_images: Tensor, scale: int = 4) -> Encoded
     return EncodedLR(lr_latent, anchor, model.image_prompt(upscaled), upscaled)
 
 
-def bound_eps(model: ClearSRModel, encoded: EncodedLR) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return eps(x_t, timesteps) of one batch: x_lr and p bound into it."""
-    return lambda x_t, timesteps: model.eps(x_t, timesteps, encoded.lr_latent, encoded.prompt)
+def bound_eps(model: ClearSRModel, encoded: EncodedLR, guidance: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return eps(x_t, timesteps) of one batch: x_lr and p bound into it.
+
+    `guidance` other than 1 is classifier-free guidance away from the empty prompt (decision 0006), at twice the cost.
+    """
+
+    def eps(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        return model.eps(x_t, timesteps, encoded.lr_latent, encoded.prompt)
+
+    def guided(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        empty = model.null_text.expand(x_t.shape[0], -1, -1)
+        unconditional = model.eps(x_t, timesteps, encoded.lr_latent, empty)
+        return unconditional + guidance * (eps(x_t, timesteps) - unconditional)
+
+    return eps if guidance == 1.0 else guided
 
 
 def to_pixels(model: ClearSRModel, latents: Tensor, encoded: EncodedLR, color_fix: ColorFix = "none") -> Tensor:
@@ -175,6 +188,7 @@ def sample(
     spacing: Spacing = "leading",
     denoise: float = 1.0,
     lsa: LSAConfig | None = None,
+    target: Target = "step",
     anchor: Tensor | None = None,
     start_from_lr: bool = True,
 ) -> Tensor:
@@ -189,6 +203,7 @@ def sample(
         spacing: "leading" (SeeSR's), "linspace" or "trailing".
         denoise: (0, 1]; below 1 sampling starts part of the way, from x_lr noised to the first timestep.
         lsa: strengths and phases of Eqs. 3 and 4; None = off.
+        target: what LSA moves; "step" is the paper's.
         anchor: x_lr of start and LSA, when it is not that of the control.
         start_from_lr: x_T = add_noise(x_lr, noise, 999) as SeeSR does; otherwise plain noise.
 
@@ -200,7 +215,7 @@ def sample(
     x_t = start_noise.to(lr_latent)
     if denoise < 1.0 or start_from_lr:
         x_t = start_state(scheduler, anchor, x_t, denoise)
-    for output in trajectory(eps, scheduler, x_t, anchor, generator, lsa=lsa):
+    for output in trajectory(eps, scheduler, x_t, anchor, generator, lsa=lsa, target=target):
         x_t = output.state
     return x_t
 
@@ -216,7 +231,7 @@ class StepOutput(NamedTuple):
 
     step: int  # 0 is the first, noisiest one
     state: Tensor  # x_{t-1}, moved by LSA
-    x0: Tensor  # the estimate of x_0 that the step was made with, before LSA
+    x0: Tensor  # the estimate of x_0 that the step was made with: before LSA of the state, moved by LSA of the estimate
 
 
 @torch.no_grad()
@@ -228,6 +243,7 @@ def trajectory(
     generator: torch.Generator,
     *,
     lsa: LSAConfig | None = None,
+    target: Target = "step",
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[StepOutput]:
@@ -242,6 +258,7 @@ def trajectory(
         anchor: (B, 4, h, w) x_lr of LSA, model units.
         generator: CPU generator of the step noise, at the place where step `first` finds it.
         lsa: strengths and phases; None = off.
+        target: what LSA moves.
         first: step to begin with, 0 .. steps - 1.
         last: step to stop before; None = to the end.
     """
@@ -249,8 +266,13 @@ def trajectory(
     for step in range(first, steps if last is None else last):
         timestep = scheduler.timesteps[step]
         predicted = eps(x_t, timestep.expand(x_t.shape[0]).to(x_t.device))
+        if lsa is not None and target == "x0":
+            abar = scheduler.alphas_cumprod[int(timestep)]
+            x_0 = (x_t - (1.0 - abar).sqrt() * predicted) / abar.sqrt()
+            # The scheduler takes noise: that with which the same state has the moved estimate.
+            predicted = predicted - (abar / (1.0 - abar)).sqrt() * (adjust(x_0, anchor, step, steps, lsa) - x_0)
         output = scheduler.step(predicted, timestep, x_t, generator=generator)  # type: ignore[arg-type]
         x_t = output.prev_sample
-        if lsa is not None:
+        if lsa is not None and target == "step":
             x_t = adjust(x_t, anchor, step, steps, lsa)
         yield StepOutput(step, x_t, output.pred_original_sample)

@@ -22,7 +22,7 @@ from clearsr_core.checkpoint import CheckpointError
 
 from . import config, evaluate
 from .baselines import BaselineMissingError
-from .reproduction import ablations, document, experiments, finished, results, work
+from .reproduction import ablations, document, experiments, finished, results, sampling, work
 from .reproduction.experiments import Budget, Experiment
 from .reproduction.results import Stored
 from .snapshot import SnapshotError
@@ -37,6 +37,7 @@ RUNNERS: dict[str, Callable[[Experiment, work.Work], Stored]] = {
     "spectra": finished.spectra,
     "ablation": ablations.ablation,
     "divergence": ablations.divergence,
+    "sampling": sampling.sampling,
 }
 
 

@@ -1,6 +1,6 @@
 """Runs the diffusers reference pipeline in its own process: checkpoint, picture, seed, steps -> latents and result.
 
-Usage: python reference.py ROOT CHECKPOINT INPUT.safetensors OUTPUT.safetensors SEED STEPS ELA LLA DENOISE
+Usage: python reference.py ROOT CHECKPOINT INPUT.safetensors OUTPUT.safetensors SEED STEPS ELA LLA DENOISE TARGET
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ with torch.inference_mode():
         steps=steps,
         denoise=denoise,
         lsa=LSAConfig(ela_strength, lla_strength),
+        target=sys.argv[10],  # type: ignore[arg-type]
     )
     results = {"lr_latent": lr_latent, "x_0": x_0, "image": models.decode(model.vae, x_0)}
     save_file({name: value.contiguous() for name, value in results.items()}, target)

@@ -30,18 +30,25 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("steps", "ela", "lla", "denoise"),
-    [(50, 0.0, 0.0, 1.0), (50, 0.02, 0.03, 1.0), (7, 0.05, 0.05, 1.0), (7, 0.05, 0.05, 0.4)],
+    ("steps", "ela", "lla", "denoise", "target"),
+    [
+        (50, 0.0, 0.0, 1.0, "step"),
+        (50, 0.02, 0.03, 1.0, "step"),
+        (7, 0.05, 0.05, 1.0, "step"),
+        (7, 0.05, 0.05, 0.4, "step"),
+        (7, 0.2, 0.3, 0.4, "x0"),
+    ],
 )
 def test_host_sampling_equals_the_reference_pipeline(
-    tiny: dict[str, Any], tmp_path: Path, steps: int, ela: float, lla: float, denoise: float
+    tiny: dict[str, Any], tmp_path: Path, steps: int, ela: float, lla: float, denoise: float, target: str
 ) -> None:
     """Same weights, same noise, same steps; 1e-3 relative on the final latent."""
     image = rig.images(1, 24, 20)
-    expected = reference(tmp_path, tiny["name"], image, 11, steps, ela, lla, denoise)
+    expected = reference(tmp_path, tiny["name"], image, 11, steps, ela, lla, denoise, target)
     latent, _ = rig.run("ClearSRLREncode", clearsr=tiny["clearsr"], image=image, scale=4.0)
     assert relative(latent["samples"] * SCALE, expected["lr_latent"]) < 1e-4
     model = rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=latent)
     settings = {"seed": 11, "steps": steps, "alpha": ela, "beta": lla, "denoise": denoise}
+    settings["target"] = {"step": "step (paper)", "x0": "x0 (denoised)"}[target]
     sampled = rig.run("ClearSRLSAKSampler", model=model, lr_latent=latent, **settings)
     assert relative(sampled["samples"] * SCALE, expected["x_0"]) < 1e-3

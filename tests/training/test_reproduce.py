@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from training import config, evaluate, reproduce, restore, sweep, train
-from training.reproduction import document, experiments, results, work
+from training.reproduction import document, experiments, results, sampling, work
 from training.reproduction.results import Stored
 from training.reproduction.verdicts import judge, overall, side
 from training.tables import EvaluationError, Summary
@@ -126,6 +126,9 @@ def test_an_experiment_can_be_run_and_judged(name: str) -> None:
     if one.kind == "steps":
         steps = {1, *range(run["every"], run["steps"] + 1, run["every"])}
         assert methods <= {"HR", *(f"step {step}" for step in steps)}
+    if one.kind == "sampling":
+        assert methods <= set(sampling.ways(run))
+        assert set(sampling.ways(one.settings("tiny"))) <= set(sampling.ways(run))
 
 
 def test_what_has_not_been_run_says_so_with_its_command(tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_the_whole_chain_stops_goes_on_and_repeats_nothing(
     # A whole seed is a result already, whatever becomes of the others.
     first = results.read(tmp_path / "work" / "results" / "table2.tuning.json")
     assert first.seeds == (0,)
-    assert reproduce.main([*arguments, "--run=table2,fig8,fig4,fig5,fig7,table4,table1", "--render"]) == 0
+    assert reproduce.main([*arguments, "--run=table2,fig8,fig4,fig5,fig7,table4,table1,open_sampler", "--render"]) == 0
     trained = [name for name in done if name != "stopped"]
     assert len(set(trained)) == len(trained) == 6  # three variants at two seeds, none of them twice
 
@@ -268,11 +271,12 @@ def test_the_whole_chain_stops_goes_on_and_repeats_nothing(
         (train, "train"),
         (restore, "restore"),
         (sweep, "over_betas"),
+        (sampling, "restored"),
         (evaluate, "measure"),
         (evaluate, "measure_alone"),
     ):
         monkeypatch.setattr(owner, name, never)
-    assert reproduce.main([*arguments, "--run=table2,fig8,fig4,fig5,fig7,table4,table1"]) == 0
+    assert reproduce.main([*arguments, "--run=table2,fig8,fig4,fig5,fig7,table4,table1,open_sampler"]) == 0
     assert (tmp_path / "work" / "results" / "table2.tuning.json").read_bytes() == kept
 
     # Elsewhere, with nothing but the results: their seeds are not trained again, and asking for one loses none.
@@ -291,8 +295,8 @@ def test_the_whole_chain_stops_goes_on_and_repeats_nothing(
     assert {one.verdict for one in verdicts if one is not None} == {"too close to call"}  # of two trainings
 
     text = (tmp_path / "docs" / "R.md").read_text(encoding="utf-8")
-    assert text.count("no result, a trial of the machinery") == 7
-    assert text.count("**Not run yet.**") == len(experiments.names()) - 7
+    assert text.count("no result, a trial of the machinery") == 8
+    assert text.count("**Not run yet.**") == len(experiments.names()) - 8
     assert str(tmp_path) not in text + json.dumps(stored.made.settings)
-    for name in ("table1", "table2", "table4", "fig4", "fig5", "fig7", "fig8"):
+    for name in ("table1", "table2", "table4", "fig4", "fig5", "fig7", "fig8", "open_sampler"):
         assert Image.open(tmp_path / "docs" / document.PLOTS / f"{name}.png").size > (300, 200)

@@ -13,7 +13,7 @@ from ..config import ConfigError, build
 FOLDER = Path(__file__).parent
 SHARED = "training"  # training.toml: how the ablations are trained; it is no experiment
 
-Kind = Literal["grid", "steps", "spectra", "ablation", "divergence"]
+Kind = Literal["grid", "steps", "spectra", "ablation", "divergence", "sampling"]
 Budget = Literal["full", "tiny"]
 
 
