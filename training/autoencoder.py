@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .batches import Ahead, DataSettings
 from .clearsr_model import ClearSRModel
+from .degradation import Preset
 from .discriminator import PatchDiscriminator, adversarial_losses
 from .linear_start import fit_ends, start_linear
 from .models import LATENT_SCALE, build_autoencoder
@@ -43,7 +44,7 @@ class AutoencoderSettings(DataSettings):
     restored_cache: Path = Path("runs/restored.safetensors")  # their latents
     restore_steps: int = 7  # of the sampler
     restore_denoise: float = 0.35
-    degradation: Literal["paper", "light"] = "light"  # of the crops that are restored
+    degradation: Preset = "light"  # of the crops that are restored
     latent_noise: float = 0.0  # largest deviation of the noise on the latents that the decoder sees, model units
     adversarial_weight: float = 0.0  # of a patch discriminator's judgement; 0 = no discriminator
     adversarial_start: int = 0  # step from which the decoder hears it; it learns from the first one on

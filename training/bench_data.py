@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import config, degradation
 from .batches import Ahead
+from .degradation import Preset
 from .pairs import DegradeOn, degrade_pairs
 from .photographs import Photographs
 from .randomness import generator_for
@@ -32,7 +32,7 @@ class BenchDataSettings:
 
     data: Path  # folder of pictures, or of shards
     crop_sizes: tuple[int, ...] = (128, 512)  # pixels
-    degradation: Literal["paper", "light"] = "paper"
+    degradation: Preset = "paper"
     batch: int = 8
     batches: int = 4  # in each turn of each way
     rounds: int = 5

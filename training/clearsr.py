@@ -19,6 +19,7 @@ from .batches import Ahead, DataSettings
 from .checkpointing import Checkpointing, checkpoint_blocks
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
+from .degradation import Preset
 from .export import export, latent_rgb
 from .latents import Crops, FixedPairs
 from .loop import plain
@@ -47,7 +48,7 @@ class ClearSRSettings(DataSettings):
     vae_lora: bool = True  # off: x_lr comes from the plain encoder (Tab. 3)
     unet_lora: bool = True  # off: the UNet's decoder stays as it is (Tab. 3)
     prompt_dropout: float = 0.1  # share of batches that see the empty prompt instead of p
-    degradation: Literal["paper", "light"] = "paper"
+    degradation: Preset = "paper"
     degrade_on: DegradeOn = "cpu"  # in the workers, or, for a GPU, on the device of the model
     usm: bool = False  # sharpen every crop by unsharp masking before it is encoded and degraded
     checkpointing: Checkpointing = "none"  # what is computed twice instead of kept for the gradients

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import config, degradation
 from .blur_kernels import BlurKernel
+from .degradation import Preset
 from .pairs import DegradeOn, degrade_pairs
 from .photographs import Photographs
 from .pipeline import upscale_lr
@@ -34,7 +35,7 @@ class ContactSheetSettings:
 
     data: Path  # folder of pictures, or of shards
     out: Path  # PNG file
-    degradation: Literal["paper", "light"] = "paper"
+    degradation: Preset = "paper"
     usm: bool = False  # sharpen crops first, as --usm=true does in training
     count: int = 8
     columns: int = 2  # pairs beside each other

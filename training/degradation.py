@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -96,7 +97,35 @@ LIGHT = DegradationSettings(
     ),
 )
 
-PRESETS = {"paper": PAPER, "light": LIGHT}
+# As far from the good picture as what a camera at a shorter focal length takes: little noise and JPEG (decision 0011).
+CAMERA = DegradationSettings(
+    first=StageSettings(
+        blur_probability=1.0,
+        blur_sigma=(0.2, 3.0),
+        resize_shares=(0.1, 0.5, 0.4),
+        resize_range=(0.4, 1.3),
+        gaussian_probability=0.5,
+        gaussian_sigma=(0.0, 4.0),
+        poisson_scale=(0.0, 0.3),
+        grey_probability=0.4,
+        jpeg_quality=(85, 100),
+    ),
+    second=StageSettings(
+        blur_probability=0.5,
+        blur_sigma=(0.2, 1.5),
+        resize_shares=(0.2, 0.3, 0.5),
+        resize_range=(0.6, 1.2),
+        gaussian_probability=0.5,
+        gaussian_sigma=(0.0, 3.0),
+        poisson_scale=(0.0, 0.2),
+        grey_probability=0.4,
+        jpeg_quality=(85, 100),
+    ),
+    final_sinc_probability=0.2,
+)
+
+Preset = Literal["paper", "light", "camera"]
+PRESETS: dict[Preset, DegradationSettings] = {"paper": PAPER, "light": LIGHT, "camera": CAMERA}
 
 
 @dataclass(frozen=True)
@@ -256,7 +285,7 @@ def degrade(hq: Tensor, generator: torch.Generator, settings: DegradationSetting
     Args:
         hq: (3, H, W) float32 in [0, 1] on the CPU, H and W at least `scale`; never written to.
         generator: CPU generator that every random number comes from.
-        settings: ranges; `PAPER` or the milder `LIGHT`.
+        settings: ranges; `PAPER`, or the milder `LIGHT` and `CAMERA`.
         scale: how many times smaller the result is.
 
     Returns:

@@ -8,14 +8,13 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from . import config
-from .degradation import PRESETS
+from .degradation import PRESETS, Preset
 from .pairs import degrade_pairs
 from .photographs import SUFFIXES, read_pixels, reason, to_bytes, write_png
 
@@ -32,7 +31,7 @@ class MakePairsSettings:
     data: Path  # folder of photographs, searched with everything below it
     out: Path  # gets hr/NAME.png and lr/NAME.png; pictures that are there are kept
     crop: int = 512  # most pixels of a side: the middle is taken; 0 = whole photographs
-    degradation: Literal["paper", "light"] = "paper"
+    degradation: Preset = "paper"
     seed: int = 0  # with a photograph's name it decides its degradation
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .clearsr_model import ClearSRModel
-from .degradation import PRESETS
+from .degradation import PRESETS, Preset
 from .latents import encoded_once, weights_hash
 from .pairs import degrade_pairs
 from .photographs import Photographs
@@ -42,7 +42,7 @@ class RestoredCrops:
         *,
         steps: int,
         denoise: float,
-        degradation: str,
+        degradation: Preset,
         cache: Path,
         device: str,
     ) -> None:
