@@ -124,8 +124,11 @@ CAMERA = DegradationSettings(
     final_sinc_probability=0.2,
 )
 
-Preset = Literal["paper", "light", "camera"]
-PRESETS: dict[Preset, DegradationSettings] = {"paper": PAPER, "light": LIGHT, "camera": CAMERA}
+# One settings, or several of which each picture draws one, all alike.
+Degradation = DegradationSettings | tuple[DegradationSettings, ...]
+
+Preset = Literal["paper", "light", "camera", "mixed"]
+PRESETS: dict[Preset, Degradation] = {"paper": PAPER, "light": LIGHT, "camera": CAMERA, "mixed": (CAMERA, LIGHT)}
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,10 @@ def _draw_stage(generator: torch.Generator, stage: StageSettings, settings: Degr
     )
 
 
-def draw(generator: torch.Generator, settings: DegradationSettings = PAPER) -> Recipe:
-    """Draw one recipe from `generator`."""
+def draw(generator: torch.Generator, settings: Degradation = PAPER) -> Recipe:
+    """Draw one recipe from `generator`; of several settings first the ones that it follows."""
+    if isinstance(settings, tuple):
+        settings = settings[int(torch.randint(len(settings), (), generator=generator))]
     return Recipe(
         first=_draw_stage(generator, settings.first, settings),
         second=_draw_stage(generator, settings.second, settings),
@@ -279,13 +284,13 @@ def _scaled(size: Sequence[int], factor: float) -> tuple[int, int]:
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
-def degrade(hq: Tensor, generator: torch.Generator, settings: DegradationSettings = PAPER, scale: int = 4) -> Tensor:
+def degrade(hq: Tensor, generator: torch.Generator, settings: Degradation = PAPER, scale: int = 4) -> Tensor:
     """Make one low-quality picture; the same generator state gives the same picture.
 
     Args:
         hq: (3, H, W) float32 in [0, 1] on the CPU, H and W at least `scale`; never written to.
         generator: CPU generator that every random number comes from.
-        settings: ranges; `PAPER`, or the milder `LIGHT` and `CAMERA`.
+        settings: ranges; `PAPER`, the milder `LIGHT` and `CAMERA`, or several of which the picture draws one.
         scale: how many times smaller the result is.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .degradation import (
     PAPER,
-    DegradationSettings,
+    Degradation,
     after_second_jpeg,
     degrade,
     draw,
@@ -29,7 +29,7 @@ def degrade_pairs(
     hq: Tensor,
     numbers: Sequence[int] | Tensor,
     seed: int,
-    settings: DegradationSettings = PAPER,
+    settings: Degradation = PAPER,
     scale: int = 4,
     degrade_on: DegradeOn = "cpu",
 ) -> Tensor:
@@ -43,7 +43,7 @@ def degrade_pairs(
         hq: (B, 3, H, W) float32 in [0, 1] on any device, H and W at least `scale`; never written to.
         numbers: B sample numbers; a tensor of them lies on the CPU.
         seed: with a number it decides recipe and noise; one that no other draw uses (training adds 4 to the run's).
-        settings: ranges of the degradation.
+        settings: ranges of the degradation, or several of which each picture draws one.
         scale: how many times smaller the partners are.
         degrade_on: "cpu" takes the pictures one after the other through files of Pillow, in as many threads as call
             it; "device" works where `hq` lies, without waiting for it.
@@ -63,9 +63,7 @@ def degrade_pairs(
     return _degrade_together(hq, generators, settings, scale)
 
 
-def _degrade_together(
-    hq: Tensor, generators: list[torch.Generator], settings: DegradationSettings, scale: int
-) -> Tensor:
+def _degrade_together(hq: Tensor, generators: list[torch.Generator], settings: Degradation, scale: int) -> Tensor:
     """Degrade on the device of `hq`.
 
     Filters, resizing and noise take one picture after the other, at the picture's own size: what rounds, rounds as if

@@ -145,7 +145,7 @@ PUBLISHED = {
     ("camera", "first"): Published((0.2, 3.0), 1.0, (0.1, 0.5, 0.4), (0.4, 1.3), (0, 4), (0, 0.3), (85, 100)),
     ("camera", "second"): Published((0.2, 1.5), 0.5, (0.2, 0.3, 0.5), (0.6, 1.2), (0, 3), (0, 0.2), (85, 100)),
 }
-RINGING = {"paper": 0.8, "light": 0.8, "camera": 0.2}
+RINGING = {"paper": 0.8, "light": 0.8, "camera": 0.2, "mixed": (0.2 + 0.8) / 2}
 SIZES = (7, 9, 11, 13, 15, 17, 19, 21)
 KINDS = {
     "sinc": 0.1,
@@ -256,13 +256,30 @@ def test_the_last_steps_follow_the_published_shares(drawn: dict[str, list[Recipe
     evenly([kernel.cutoff for kernel in last], math.pi / 3, math.pi)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["paper", "light", "camera"])
 def test_the_two_stages_are_drawn_independently(drawn: dict[str, list[Recipe]], preset: str) -> None:
     noises = Counter((recipe.first.noise, recipe.second.noise) for recipe in drawn[preset])
     shares_are(noises, dict.fromkeys([(a, b) for a in ("gaussian", "poisson") for b in ("gaussian", "poisson")], 0.25))
     pairs = [(recipe.first.jpeg_quality, recipe.second.jpeg_quality) for recipe in drawn[preset]]
     correlation = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1]
     assert abs(float(correlation)) < 5 / math.sqrt(DRAWS)
+
+
+def test_a_mixed_recipe_follows_camera_or_light_in_both_stages_and_each_in_half_of_the_cases(
+    drawn: dict[str, list[Recipe]],
+) -> None:
+    recipes = drawn["mixed"]
+    of_camera, of_light = range(85, 101), range(60, 96)
+    expected = dict.fromkeys(range(60, 101), 0.0)
+    for qualities in (of_camera, of_light):
+        for quality in qualities:
+            expected[quality] += 0.5 / len(qualities)
+    shares_are(Counter(recipe.first.jpeg_quality for recipe in recipes), expected)
+
+    second = Counter(recipe.second.jpeg_quality for recipe in recipes if recipe.first.jpeg_quality not in of_light)
+    shares_are(second, dict.fromkeys(of_camera, 1 / len(of_camera)))
+    second = Counter(recipe.second.jpeg_quality for recipe in recipes if recipe.first.jpeg_quality not in of_camera)
+    shares_are(second, dict.fromkeys(range(60, 101), 1 / 41))
 
 
 def test_the_second_jpeg_comes_before_or_after_the_resize_and_ringing() -> None:
