@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import socket
 import struct
@@ -226,11 +225,30 @@ def test_parts_that_run_side_by_side_keep_their_lines_together(capfd):
 
 
 def test_demo_upscales_with_a_file_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("CLEARSR_MODELS", "")
+    """ComfyUI sees the file and nothing of its folder, in which its own files may lie; another file takes its place."""
+    monkeypatch.setenv("CLEARSR_CHECKPOINT", "")
     prompt = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
-    demo.choose_checkpoint(prompt, tmp_path / "mine.safetensors")
-    assert demo.only_node(prompt, "ClearSRLoader")[1]["checkpoint"] == "mine.safetensors"
-    assert os.environ["CLEARSR_MODELS"] == str(tmp_path.resolve())
+    live = server.Server(hosts.Host("0.30.0", tmp_path, Path(sys.executable), None), tmp_path / "out" / "comfyui")
+    shown = live.base / "models" / "clearsr"
+    for folder, content in ((tmp_path, b"one"), (tmp_path / "other", b"two")):
+        folder.mkdir(exist_ok=True)
+        mine = folder / "mine.safetensors"
+        mine.write_bytes(content)
+        demo.choose_checkpoint(prompt, mine)
+        assert demo.only_node(prompt, "ClearSRLoader")[1]["checkpoint"] == "mine.safetensors"
+        live.prepare()
+        assert [path.relative_to(shown) for path in shown.rglob("*")] == [Path("mine.safetensors")]
+        assert (shown / "mine.safetensors").read_bytes() == content
+
+
+def test_a_checkpoint_is_copied_where_links_are_not_allowed(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("a required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    (tmp_path / "mine.safetensors").write_bytes(b"one")
+    server.link_file(tmp_path / "mine.safetensors", tmp_path / "shown")
+    assert (tmp_path / "shown" / "mine.safetensors").read_bytes() == b"one"
 
 
 def test_demo_names_a_checkpoint_that_is_not_there(tmp_path):

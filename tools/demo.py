@@ -60,8 +60,8 @@ def only_node(prompt: Prompt, class_type: str) -> tuple[str, dict[str, Any]]:
 
 
 def choose_checkpoint(prompt: Prompt, checkpoint: Path) -> None:
-    """Let a workflow load a file of one's own; the server shows its folder to ComfyUI beside the shipped one."""
-    os.environ["CLEARSR_MODELS"] = str(checkpoint.resolve().parent)
+    """Let a workflow load a file of one's own; the server shows it to ComfyUI beside the shipped one."""
+    os.environ["CLEARSR_CHECKPOINT"] = str(checkpoint.resolve())
     only_node(prompt, "ClearSRLoader")[1]["checkpoint"] = checkpoint.name
 
 

@@ -56,6 +56,19 @@ def link_folder(target: Path, link: Path) -> None:
         link.symlink_to(target, target_is_directory=True)
 
 
+def link_file(target: Path, folder: Path) -> None:
+    """Let `folder` show `target` under its name, and nothing of the folder that `target` lies in."""
+    if folder.is_symlink():
+        folder.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / target.name
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(target)
+    except OSError:  # Windows gives the privilege to few
+        shutil.copyfile(target, link)
+
+
 def free_port() -> int:
     """Ask the system for a port that nothing listens on."""
     with socket.socket() as probe:
@@ -245,10 +258,10 @@ class Server:
             if folder.is_dir():
                 (self.base / "models").mkdir(exist_ok=True)
                 link_folder(folder.resolve(), self.base / "models" / folder.name)
-        own_checkpoints = os.environ.get("CLEARSR_MODELS")  # a folder of ClearSR files beside the shipped one
-        if own_checkpoints:
-            (self.base / "models").mkdir(exist_ok=True)
-            link_folder(Path(own_checkpoints).resolve(), self.base / "models" / "clearsr")
+        own_checkpoint = os.environ.get("CLEARSR_CHECKPOINT")  # a ClearSR file beside the shipped one
+        if own_checkpoint:
+            # The file alone: its folder may hold `base`, and ComfyUI would follow the link round for ever.
+            link_file(Path(own_checkpoint).resolve(), self.base / "models" / "clearsr")
         settings = self.base / "user" / "default" / "comfy.settings.json"
         if not settings.exists():
             settings.write_text(json.dumps(_QUIET_SETTINGS), encoding="utf-8")

@@ -33,7 +33,8 @@ class ReplaceSettings:
 
 
 def run(settings: ReplaceSettings) -> None:
-    """Write `out`: the file as it is, but for the decoder; the run's settings go into its training notes.
+    """Write `out`: the file as it is, but for the decoder; the run's settings go into its training notes,
+    over those of the decoder that was there.
 
     Raises:
         ValueError: the run is not one of this file's decoder; the message says why.
@@ -64,7 +65,10 @@ def run(settings: ReplaceSettings) -> None:
             "--freeze_encoder=true."
         )
     state = snapshot.read(last)
-    notes = {**stored.training, "decoder": {"settings": state.settings, "steps": state.step, "share": settings.share}}
+    decoder = {"settings": state.settings, "steps": state.step, "share": settings.share}
+    if "decoder" in stored.training:  # the rest of the share is itself a decoder that came from a run
+        decoder["over"] = stored.training["decoder"]
+    notes = {**stored.training, "decoder": decoder}
     tensors = {**stored.tensors, "base.vae": theirs}
     checkpoint.write(settings.out, dataclasses.replace(stored, training=notes, tensors=tensors))
     checkpoint.read(settings.out)

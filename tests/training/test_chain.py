@@ -181,6 +181,11 @@ def test_a_finished_file_gets_another_decoder(chain: Path, tmp_path: Path, caplo
     start, end = before.tensors["base.vae"][name].float(), after.tensors["base.vae"][name].float()
     torch.testing.assert_close(half[name].float(), (start + end) / 2, rtol=1e-3, atol=1e-4)
     assert replace_decoder.main([*command, f"--run={tmp_path}/decoder", "--share=2"]) == 1
+    # On top of a decoder that was put in before, the file tells of both.
+    twice = [f"--checkpoint={out}", f"--out={tmp_path}/twice.safetensors", f"--run={tmp_path}/decoder"]
+    assert replace_decoder.main([*twice, "--share=0.25"]) == 0
+    decoder = checkpoint.read(tmp_path / "twice.safetensors").training["decoder"]
+    assert (decoder["share"], decoder["over"]["share"]) == (0.25, 0.5)
     # Any other run is refused: not finished, or of another encoder.
     assert replace_decoder.main([*command, f"--run={tmp_path}"]) == 1
     assert "no finished run" in caplog.text
