@@ -241,6 +241,16 @@ def test_demo_upscales_with_a_file_of_ones_own(tmp_path, monkeypatch):
         assert (shown / "mine.safetensors").read_bytes() == content
 
 
+def test_a_link_to_the_folder_of_the_checkpoint_goes_and_the_checkpoint_stays(tmp_path):
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"one")
+    server.link_folder(tmp_path, tmp_path / "shown")
+    server.link_file(mine, tmp_path / "shown")
+    assert not mine.is_symlink()
+    assert mine.read_bytes() == b"one"
+    assert (tmp_path / "shown" / "mine.safetensors").read_bytes() == b"one"
+
+
 def test_a_checkpoint_is_copied_where_links_are_not_allowed(tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise OSError("a required privilege is not held by the client")

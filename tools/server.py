@@ -60,6 +60,8 @@ def link_file(target: Path, folder: Path) -> None:
     """Let `folder` show `target` under its name, and nothing of the folder that `target` lies in."""
     if folder.is_symlink():
         folder.unlink()
+    elif folder.resolve() != folder.parent.resolve() / folder.name:
+        folder.rmdir()  # a junction of Windows: it goes, what it shows stays
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / target.name
     link.unlink(missing_ok=True)

@@ -33,8 +33,9 @@ class ReplaceSettings:
 
 
 def run(settings: ReplaceSettings) -> None:
-    """Write `out`: the file as it is, but for the decoder; the run's settings go into its training notes,
-    over those of the decoder that was there.
+    """Write `out`: the file as it is, but for the decoder.
+
+    The run's settings go into the file's training notes, over those of a decoder that came from a run before.
 
     Raises:
         ValueError: the run is not one of this file's decoder; the message says why.
