@@ -35,7 +35,7 @@ class AutoencoderSettings(DataSettings):
     crop: int = 96  # pixels, a multiple of 8
     freeze_encoder: bool = False  # the decoder alone learns: latents, and all that was trained on them, stay valid
     candidates: int = 3  # crops drawn for each one used; the most detailed is taken
-    kl_weight: float = 1e-6
+    kl_weight: float = 1e-6  # of the pull towards a unit Gaussian
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
     coarse_weight: float = 0.5  # of the L1 between 8x8 means; without it a short training spends the latent on edges
     restored_by: Path = Path()  # a finished file: the decoder sees what its sampler leaves of degraded crops, too
@@ -43,7 +43,7 @@ class AutoencoderSettings(DataSettings):
     restored_crops: int = 2048  # different ones, degraded and sampled once
     restored_cache: Path = Path("runs/restored.safetensors")  # their latents
     restore_steps: int = 7  # of the sampler
-    restore_denoise: float = 0.35
+    restore_denoise: float = 0.35  # of the sampler; 1 = the whole way
     degradation: Preset = "light"  # of the crops that are restored
     latent_noise: float = 0.0  # largest deviation of the noise on the latents that the decoder sees, model units
     adversarial_weight: float = 0.0  # of a patch discriminator's judgement; 0 = no discriminator

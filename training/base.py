@@ -22,7 +22,7 @@ from .randomness import generator_for
 class BaseSettings(DataSettings):
     """Settings of the base stage; `vae` is the folder that the autoencoder stage wrote, or a self-contained file."""
 
-    vae: Path = Path("runs/nano_autoencoder/vae")
+    vae: Path = Path("runs/nano_autoencoder/vae")  # folder that the autoencoder stage wrote, or a self-contained file
     cache: Path = Path("runs/latents.safetensors")  # encoded crops, shared with the ClearSR stage
     widths: tuple[int, ...] = (64, 64, 128, 128)  # multiples of the first; Stable Diffusion 2.1: 320, 640, 1280, 1280
     norm_groups: int = 8  # of every group norm, as in the autoencoder; Stable Diffusion 2.1: 32

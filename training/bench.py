@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import config, loop, models
+from . import command_line, config, loop, models
 from .bench_step import held
 from .clearsr import ClearSRSettings, ClearSRStage, PairBatch, lr_partners
 from .randomness import generator_for
@@ -54,15 +54,15 @@ PLAIN = "plain loop"
 class BenchSettings:
     """What to measure."""
 
-    size: Literal["nano", "full"] = "nano"
+    size: Literal["nano", "full"] = "nano"  # of the model: nano, or that of Stable Diffusion 2.1 with random weights
     crop: int = 0  # pixels; 0 = that of the size
     batch: int = 0  # 0 = that of the size
     steps: int = 6  # timed, after one that is not
-    rounds: int = 3
+    rounds: int = 3  # turns of each way, one after the other
     ways: tuple[str, ...] = ()  # beside the plain loop; empty = all that the device can run
-    workers: int = 1
-    device: str = "cpu"
-    data: str = "synthetic"
+    workers: int = 1  # threads that make batches
+    device: str = "cpu"  # cpu, or cuda
+    data: str = "synthetic"  # folder of pictures, or of shards; synthetic = drawn pictures
     out: Path = Path()  # folder for bench.json and bench.md; empty = the table is only shown
 
 
@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> int:
     """Measure, show and write the table; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        settings = config.build(BenchSettings, config.parse_overrides(arguments))
+        settings = command_line.settings(BenchSettings, arguments, __doc__)
         turns = run(settings)
     except ValueError as error:
         log.error("%s", error)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import config, degradation
+from . import command_line, config, degradation
 from .batches import Ahead
 from .degradation import Preset
 from .pairs import DegradeOn, degrade_pairs
@@ -32,14 +32,14 @@ class BenchDataSettings:
 
     data: Path  # folder of pictures, or of shards
     crop_sizes: tuple[int, ...] = (128, 512)  # pixels
-    degradation: Preset = "paper"
-    batch: int = 8
+    degradation: Preset = "paper"  # ranges of blur, noise and JPEG: docs/TRAINING.md
+    batch: int = 8  # pairs
     batches: int = 4  # in each turn of each way
-    rounds: int = 5
-    workers: int = 2
+    rounds: int = 5  # turns of each way, one after the other
+    workers: int = 2  # threads that make batches
     device: str = "cpu"  # of the way that takes a batch together
-    seed: int = 0
-    memory_gb: float = 1.0
+    seed: int = 0  # of crops and degradations
+    memory_gb: float = 1.0  # most memory that decoded pictures take
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        log.info("%s", table(run(config.build(BenchDataSettings, config.parse_overrides(arguments)))))
+        log.info("%s", table(run(command_line.settings(BenchDataSettings, arguments, __doc__))))
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1

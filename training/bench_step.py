@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import config, optimizer, rehearsal
+from . import command_line, config, optimizer, rehearsal
 from .clearsr import ClearSRSettings, ClearSRStage
 
 log = logging.getLogger("clearsr.training")
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             defaults = {**_DEFAULTS, "out": folder}
-            settings = config.build(ClearSRSettings, defaults, config.parse_overrides(arguments))
+            settings = command_line.settings(ClearSRSettings, arguments, __doc__, defaults)
             if settings.device != "cpu":
                 raise ValueError("training.bench_step measures main memory: leave --device at cpu.")
             expected = rehearsal.estimate(settings)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from clearsr_core.checkpoint import CheckpointError
 
-from . import config, evaluate, loop, metrics, plots
+from . import command_line, config, evaluate, loop, metrics, plots
 from .clearsr_model import ClearSRModel
 from .photographs import read_pixels, read_rgb, to_bytes
 from .pipeline import bound_eps, encode_lr, noise_sources, sampling_schedule, start_state, to_pixels, trajectory
@@ -39,9 +39,9 @@ Curve = dict[int, Summary]  # step, counted from 1 -> mean over the pictures
 class CalibrateSettings:
     """What to sample, which steps to look at, and what NIQE good pictures have."""
 
-    checkpoint: Path
+    checkpoint: Path  # a self-contained ClearSR file
     lr: Path  # pictures to upscale
-    out: Path
+    out: Path  # folder for calibration.json and calibration.png
     hr: Path = Path()  # their good partners, four times the size: PSNR, and NIQE(HR); empty = none
     niqe_hr: float = math.nan  # NIQE(HR) as a number, where there are no good pictures
     # x0: the estimate of x_0 that each step makes. It is the paper's curve: "the predicted latent embeddings of i-th
@@ -49,9 +49,9 @@ class CalibrateSettings:
     of: Literal["x0", "state"] = "x0"
     every: int = 1  # look at every k-th step only, and always at the first and the last one
     limit: int = 0  # only the first pictures by name; 0 = all
-    steps: int = 50
-    seed: int = 0
-    threads: int = 0
+    steps: int = 50  # of the sampler
+    seed: int = 0  # of the noise
+    threads: int = 0  # of the CPU; 0 = torch's default
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        settings = config.build(CalibrateSettings, config.parse_overrides(arguments))
+        settings = command_line.settings(CalibrateSettings, arguments, __doc__)
         run(settings)
     except (CheckpointError, ValueError, OSError) as error:
         log.error("%s", error)

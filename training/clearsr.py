@@ -48,17 +48,22 @@ class ClearSRSettings(DataSettings):
     vae_lora: bool = True  # off: x_lr comes from the plain encoder (Tab. 3)
     unet_lora: bool = True  # off: the UNet's decoder stays as it is (Tab. 3)
     prompt_dropout: float = 0.1  # share of batches that see the empty prompt instead of p
-    degradation: Preset = "paper"
+    degradation: Preset = "paper"  # ranges of blur, noise and JPEG: docs/TRAINING.md
     degrade_on: DegradeOn = "cpu"  # in the workers, or, for a GPU, on the device of the model
     usm: bool = False  # sharpen every crop by unsharp masking before it is encoded and degraded
     checkpointing: Checkpointing = "none"  # what is computed twice instead of kept for the gradients
-    control_input: Literal["lr", "lr+xt"] = "lr"
-    control_time: Literal["t", "fixed"] = "t"
-    use_dpm: bool = True
-    use_spm: bool = True
-    window_attention: bool = True
-    relative_bias: Literal["aligned", "none"] = "aligned"
-    query_windows: tuple[int, ...] = (8, 4, 2, 1)  # empty: one global window (needs relative_bias none)
+    control_input: Literal["lr", "lr+xt"] = "lr"  # what DPM and SPM read: x_lr, or x_t beside it (decision 0001)
+    control_time: Literal["t", "fixed"] = "t"  # t of the step, or always fixed_timestep (decision 0002)
+    use_dpm: bool = True  # off: no Detail Preserving Module
+    use_spm: bool = True  # off: no Structure Preserving Module (Tab. 2)
+    window_attention: bool = True  # off: DPM without its extra cross-attention (Tab. 2)
+    relative_bias: Literal["aligned", "none"] = "aligned"  # B of Eq. 2, or none (decision 0004)
+    query_windows: tuple[int, ...] = (
+        8,
+        4,
+        2,
+        1,
+    )  # N per level, finest first (decision 0003); empty: one global window (needs relative_bias none)
     fixed_timestep: int = 0  # for control_time fixed
     prompt_mode: Literal["pooled", "patch", "null"] = "pooled"  # p: one token, a grid of tokens, or the empty prompt
     anchor: Literal["lr_encoder", "plain"] = "lr_encoder"  # x_lr of start and LSA at inference: of E', or of E

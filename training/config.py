@@ -56,7 +56,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     for argument in arguments:
         key, separator, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not separator:
-            raise ConfigError(f"Cannot read {argument!r}: settings are written --key=value.")
+            raise ConfigError(f"Cannot read {argument!r}: settings are written --key=value, and --help lists them.")
         overrides[key.replace("-", "_")] = value
     return overrides
 

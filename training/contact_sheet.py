@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from . import config, degradation
+from . import command_line, config, degradation
 from .blur_kernels import BlurKernel
 from .degradation import Preset
 from .pairs import DegradeOn, degrade_pairs
@@ -35,16 +35,16 @@ class ContactSheetSettings:
 
     data: Path  # folder of pictures, or of shards
     out: Path  # PNG file
-    degradation: Preset = "paper"
+    degradation: Preset = "paper"  # ranges of blur, noise and JPEG: docs/TRAINING.md
     usm: bool = False  # sharpen crops first, as --usm=true does in training
-    count: int = 8
+    count: int = 8  # pairs
     columns: int = 2  # pairs beside each other
     crop: int = 256  # pixels
-    seed: int = 0
+    seed: int = 0  # of crops and degradations
     enlarge: Literal["nearest", "bicubic"] = "nearest"  # pixels as they are, or as the encoder sees them
     degrade_on: Literal["cpu", "device", "both"] = "cpu"  # the path of the degradation; both: beside their difference
     device: str = "cpu"  # of the second path
-    memory_gb: float = 1.0
+    memory_gb: float = 1.0  # most memory that decoded pictures take
 
 
 def _kernel(kernel: BlurKernel | None) -> str:
@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with torch.no_grad():
-            run(config.build(ContactSheetSettings, config.parse_overrides(arguments)))
+            run(command_line.settings(ContactSheetSettings, arguments, __doc__))
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1

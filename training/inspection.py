@@ -28,7 +28,7 @@ from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.layers import TransformerBlock
 from clearsr_core.schedule import NUM_TRAIN_TIMESTEPS, add_noise
 
-from . import analysis, config, evaluate, loop, models, plots
+from . import analysis, command_line, config, evaluate, loop, models, plots
 from .clearsr_model import ClearSRModel
 from .photographs import read_pixels
 from .pipeline import EncodedLR, encode_lr, noise_sources, pad_to_grid
@@ -43,9 +43,9 @@ OURS, AGAINST = "checkpoint", "against"
 class InspectSettings:
     """Which models to look into, with which pictures."""
 
-    checkpoint: Path
+    checkpoint: Path  # a self-contained ClearSR file
     lr: Path  # pictures
-    out: Path
+    out: Path  # folder for tables, curves and sheets
     against: Path = Path()  # the ControlNet of Eq. 5, or any other file; empty = none
     hr: Path = Path()  # good partners of the pictures: the spectrum of their latents; empty = none
     results: Path = Path()  # finished pictures of `training.restore`, for the same; empty = none
@@ -53,7 +53,7 @@ class InspectSettings:
     sheets: int = 8  # PCA and spectrum sheets are made of so many pictures
     limit: int = 0  # only the first pictures by name; 0 = all
     seed: int = 0  # of the noise in x_t, which only models with control_input = "lr+xt" read
-    threads: int = 0
+    threads: int = 0  # of the CPU; 0 = torch's default
 
 
 @dataclass
@@ -268,7 +268,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        settings = config.build(InspectSettings, config.parse_overrides(arguments))
+        settings = command_line.settings(InspectSettings, arguments, __doc__)
         run(settings)
     except (CheckpointError, ValueError, OSError) as error:
         log.error("%s", error)

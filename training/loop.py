@@ -41,21 +41,21 @@ Batch = TypeVar("Batch", bound=tuple, covariant=True)
 class LoopSettings:
     """What the loop itself needs to know, whatever it trains."""
 
-    steps: int
-    learning_rate: float
-    out: Path
+    steps: int  # of the optimiser, from the first on; a stopped run goes on to the same number
+    learning_rate: float  # at its highest
+    out: Path  # folder of the run: snapshots, log, and what comes out
     init: Path = Path()  # folder of another run, or a ClearSR file, whose weights to start from; empty = from nothing
-    seed: int = 0
+    seed: int = 0  # of everything random
     batch: int = 8  # samples of one step, in all processes together
     accumulation: int = 1  # parts in which a process computes its share of the batch, to save memory
     warmup: int = 500  # steps from zero to the full learning rate
     decay: Literal["constant", "linear"] = "constant"  # the paper, or linear to zero at the last step
-    optimizer: optimizers.Kind = "adamw"
+    optimizer: optimizers.Kind = "adamw"  # adamw8bit needs bitsandbytes and a GPU
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.0  # decay of the averaged weights; 0 = off
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights and moments are float32
     compile: bool = False  # torch.compile: minutes at the start, faster steps on a GPU
-    snapshot_every: int = 500
+    snapshot_every: int = 500  # steps between two snapshots, from which a stopped run goes on
     keep: int = 2  # newest snapshots on disk
     best: Literal["none", "psnr", "ssim", "niqe"] = "none"  # also keep the snapshot with the best validation
     validate_every: int = 0  # 0 = never

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import config, loop
+from . import command_line, config, loop
 from .photographs import Photographs, to_bytes
 from .randomness import generator_for
 
@@ -40,7 +40,7 @@ class MakeCropsSettings:
     megabytes: float = 60.0  # of all crops together, in 1e6 bytes; as many are made as fit
     quality: int = 92  # of JPEG, without subsampling of colour
     candidates: int = 2  # crops drawn for each one kept; the most detailed is taken
-    seed: int = 0
+    seed: int = 0  # of where crops are taken
     memory_gb: float = 4.0  # for decoded photographs
 
 
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with torch.no_grad():
-            count = run(config.build(MakeCropsSettings, config.parse_overrides(arguments)))
+            count = run(command_line.settings(MakeCropsSettings, arguments, __doc__))
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import config
+from . import command_line, config
 from .degradation import PRESETS, Preset
 from .pairs import degrade_pairs
 from .photographs import SUFFIXES, read_pixels, reason, to_bytes, write_png
@@ -31,7 +31,7 @@ class MakePairsSettings:
     data: Path  # folder of photographs, searched with everything below it
     out: Path  # gets hr/NAME.png and lr/NAME.png; pictures that are there are kept
     crop: int = 512  # most pixels of a side: the middle is taken; 0 = whole photographs
-    degradation: Preset = "paper"
+    degradation: Preset = "paper"  # ranges of blur, noise and JPEG: docs/TRAINING.md
     seed: int = 0  # with a photograph's name it decides its degradation
 
 
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with torch.no_grad():
-            run(config.build(MakePairsSettings, config.parse_overrides(arguments)))
+            run(command_line.settings(MakePairsSettings, arguments, __doc__))
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1

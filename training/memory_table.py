@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import sys
 
-from . import config, rehearsal
+from . import command_line, config, rehearsal
 from .clearsr import ClearSRSettings
 
 log = logging.getLogger("clearsr.training")
@@ -22,11 +22,11 @@ def main(arguments: list[str]) -> int:
     """Print the table row by row; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        overrides = config.parse_overrides(arguments)
-        preset = config.read_preset(overrides.pop("preset", "paper"))
+        preset, others = command_line.preset(arguments, __doc__, "paper")
         preset.pop("stage", "")
-        defaults = {"out": "runs/table", "base": "random"}
-        settings = config.build(ClearSRSettings, defaults, preset, overrides)
+        settings = command_line.settings(
+            ClearSRSettings, others, __doc__, {"out": "runs/table", "base": "random"}, preset
+        )
         log.info("| crops at once | %s | TFLOP of a step |", " | ".join(CHECKPOINTING))
         log.info("|---%s|", "|---" * (len(CHECKPOINTING) + 1))
         for batch in BATCHES:

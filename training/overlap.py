@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from . import config
+from . import command_line, config
 from .photographs import SUFFIXES, read_rgb, reason
 
 log = logging.getLogger("clearsr.training")
@@ -239,7 +239,7 @@ def main(arguments: list[str]) -> int:
     """Look, tell; the exit status is 1 where something was found."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        matches = run(config.build(OverlapSettings, config.parse_overrides(arguments)))
+        matches = run(command_line.settings(OverlapSettings, arguments, __doc__))
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1

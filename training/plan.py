@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import config, rehearsal
+from . import command_line, config, rehearsal
 from .base import BaseSettings
 from .batches import DataSettings
 from .clearsr import ClearSRSettings
@@ -132,14 +132,13 @@ def main(arguments: list[str]) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        overrides = config.parse_overrides(arguments)
-        processes = int(overrides.pop("processes", os.environ.get("WORLD_SIZE", "1")))
-        preset = config.read_preset(overrides.pop("preset", ""))
+        processes, others = command_line.taken(arguments, "processes", os.environ.get("WORLD_SIZE", "1"))
+        preset, others = command_line.preset(others, __doc__)
         kind, _ = stage_of(str(preset.pop("stage", "")))
-        settings = config.build(kind, {"out": "runs/plan"}, preset, overrides)
+        settings = command_line.settings(kind, others, __doc__, {"out": "runs/plan"}, preset)
         assert isinstance(settings, DataSettings)
         with torch.random.fork_rng(devices=[]):
-            log.info("%s", describe(settings, processes))
+            log.info("%s", describe(settings, int(processes)))
     except (config.ConfigError, ValueError) as error:
         log.error("%s", error)
         return 1

@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from PIL import Image
 from tqdm import tqdm
 
-from . import config, layouts, shards
+from . import command_line, config, layouts, shards
 from .photographs import ORIENTATION, SUFFIXES, read_rgb, reason, upright_size
 
 log = logging.getLogger("clearsr.training")
@@ -300,7 +300,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(config.build(PrepareSettings, config.parse_overrides(arguments)))
+        run(command_line.settings(PrepareSettings, arguments, __doc__))
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1

@@ -15,7 +15,7 @@ from clearsr_core import checkpoint
 from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.key_maps import vae_to_host
 
-from . import config, snapshot
+from . import command_line, config, snapshot
 
 log = logging.getLogger("clearsr.training")
 
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(config.build(ReplaceSettings, config.parse_overrides(arguments)))
+        run(command_line.settings(ReplaceSettings, arguments, __doc__))
     except (config.ConfigError, CheckpointError, snapshot.SnapshotError, ValueError) as error:
         log.error("%s", error)
         return 1

