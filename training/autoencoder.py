@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from . import provenance, snapshot
 from .batches import Ahead, DataSettings
 from .clearsr_model import ClearSRModel
 from .degradation import Preset
@@ -34,7 +35,7 @@ class AutoencoderSettings(DataSettings):
     batch: int = 4
     crop: int = 96  # pixels, a multiple of 8
     freeze_encoder: bool = False  # the decoder alone learns: latents, and all that was trained on them, stay valid
-    candidates: int = 3  # crops drawn for each one used; the most detailed is taken
+    candidates: int = 3  # crops drawn for each one used, the most detailed is taken; of restored ones always two
     kl_weight: float = 1e-6  # of the pull towards a unit Gaussian
     perceptual_weight: float = 0.15  # of the EffLite distance, beside an L1 of weight 1
     coarse_weight: float = 0.5  # of the L1 between 8x8 means; without it a short training spends the latent on edges
@@ -101,6 +102,15 @@ class AutoencoderStage:
 
     def __init__(self, settings: AutoencoderSettings) -> None:
         self.settings = settings
+        if settings.best not in ("none", "psnr"):
+            raise ValueError(f"--best={settings.best}: this stage measures psnr alone.")
+        begun = snapshot.latest(settings.init) if settings.freeze_encoder else None
+        if begun is not None and not snapshot.read(begun).settings.get("freeze_encoder"):
+            raise ValueError(
+                f"--init={settings.init} is a run, whose snapshots hold the latents as they were before the last step "
+                f"normalised them. To train the decoder alone give its result, --init={settings.init / 'vae'}, or a "
+                "ClearSR file."
+            )
         if settings.restored_by != Path():
             if not settings.freeze_encoder:
                 raise ValueError("--restored_by needs --freeze_encoder=true: its latents are those of a fixed encoder.")
@@ -119,6 +129,13 @@ class AutoencoderStage:
         self.photographs = settings.photographs(settings.crop)
         fit_ends(self.model, self.photographs.crops(32, settings.crop, torch.Generator().manual_seed(settings.seed)))
         self.module = Reconstruction(settings, self.model, judge).to(settings.device)
+
+    @property
+    def given(self) -> dict[str, str]:
+        found = {"set of photographs": provenance.digest(self.photographs.identity)}
+        if self.settings.restored_by != Path():
+            found["file for --restored_by"] = provenance.sha256(self.settings.restored_by)
+        return found
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         decoder = ("decoder.", "post_quant_conv.")

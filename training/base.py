@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from . import models
+from . import models, provenance
 from .base_model import BaseModel, load_autoencoder
 from .batches import Ahead, DataSettings
-from .latents import Crops
+from .latents import Crops, weights_hash
 from .randomness import generator_for
 
 
@@ -68,6 +68,8 @@ class BaseStage:
 
     def __init__(self, settings: BaseSettings) -> None:
         self.settings = settings
+        if settings.best != "none":
+            raise ValueError(f"--best={settings.best}: this stage draws pictures that have no partner to measure by.")
         self.vae = load_autoencoder(settings.vae).to(settings.device).eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -78,8 +80,22 @@ class BaseStage:
         self.module = NoisePrediction(self.unet, self.vae, null_text).to(settings.device)
         photographs = settings.photographs(settings.crop)
         self.crops = Crops(
-            photographs, self.vae, settings.crop, settings.crops, settings.seed, settings.cache, settings.device
+            photographs,
+            self.vae,
+            settings.crop,
+            settings.crops,
+            settings.seed,
+            settings.cache,
+            settings.device,
+            candidates=settings.candidates,
         )
+
+    @property
+    def given(self) -> dict[str, str]:
+        return {
+            "set of photographs": provenance.digest(self.crops.photographs.identity),
+            "autoencoder": weights_hash(self.vae),
+        }
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         unet = {f"unet.{name}": value for name, value in self.unet.named_parameters()}

@@ -23,6 +23,7 @@ class DataSettings(LoopSettings):
     data: Path = Path("data")  # a folder of pictures, or of shards that training.prepare has written
     crop: int = 128  # side of a sample in pixels, a multiple of 8
     memory_gb: float = 4.0  # most memory that decoded pictures take; of more, those used last are kept
+    candidates: int = 1  # crops drawn for each one used; the most detailed is taken
     order: Literal["area", "chunked"] = "area"  # every pixel equally likely, or one shard after the other
     workers: int = 0  # threads that make the batches of later steps
 

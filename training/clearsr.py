@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clearsr_core.config import ControlConfig
 
-from . import degradation, metrics, models
+from . import degradation, metrics, models, provenance
 from .base import noise_schedule
 from .base_model import BaseModel
 from .batches import Ahead, DataSettings
@@ -20,8 +20,8 @@ from .checkpointing import Checkpointing, checkpoint_blocks
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
 from .degradation import Preset
-from .export import export, latent_rgb
-from .latents import Crops, FixedPairs
+from .export import export, is_contained, latent_rgb
+from .latents import Crops, FixedPairs, weights_hash
 from .loop import plain
 from .pairs import DegradeOn, degrade_pairs
 from .photographs import to_bytes, write_png
@@ -182,6 +182,7 @@ class ClearSRStage:
             settings.cache,
             settings.device,
             settings.usm,
+            settings.candidates,
         )
         control = control_config(settings, base)
         clip = None
@@ -190,6 +191,11 @@ class ClearSRStage:
                 raise ValueError("--prompt_mode=null has no use for --clip_vision: leave one of them out.")
             patch = settings.prompt_mode == "patch"
             clip = ClipImagePrompt.load(settings.clip_vision, patch=patch, context_dim=control.context_dim)
+        self.given = {
+            "set of photographs": provenance.digest(photographs.identity),
+            "base model": weights_hash(base.unet, base.vae),
+            "image encoder of CLIP": weights_hash(clip),
+        }
         self.model = ClearSRModel(base, control, settings.rank, settings.prompt_mode, settings.seed, clip)
         checkpoint_blocks(self.model, settings.checkpointing)
         self.module = ClearSRObjective(self.model, settings).to(settings.device)
@@ -247,8 +253,11 @@ class ClearSRStage:
         return batch._replace(lr_images=lr_partners(hq if hq_images is None else hq_images, numbers, settings))
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Restore four fixed pairs in 20 steps; write upscaled input, decoded x_lr, result and target as one sheet."""
-        numbers = torch.arange(4)
+        """Restore four pairs in 20 steps; write upscaled input, decoded x_lr, result and target as one sheet.
+
+        Always the same four, of crops that no step trains on, of the same photographs.
+        """
+        numbers = torch.arange(-4, 0)
         generator = generator_for(self.settings.seed, -1)
         hq_images = self.crops.images(numbers)
         lr_images = lr_partners(hq_images, numbers, self.settings).to(self.settings.device)
@@ -260,6 +269,7 @@ class ClearSRStage:
             torch.randn(lr_latents.shape, generator=generator),
             generator,
             steps=20,
+            anchor=models.encode(self.model.vae, lr_images * 2.0 - 1.0) if self.settings.anchor == "plain" else None,
         )
         restored = models.decode(self.model.vae, x_0).cpu()
         decoded = models.decode(self.model.vae, lr_latents).cpu()
@@ -283,7 +293,6 @@ class ClearSRStage:
 
     def finish(self, folder: Path) -> None:
         """Write `folder/clearsr.safetensors`, the file that ComfyUI loads."""
-        numbers = torch.arange(min(64, self.crops.count) or 64)
         export(
             self.model,
             folder / "clearsr.safetensors",
@@ -296,5 +305,11 @@ class ClearSRStage:
                 "megapixels": round(self.crops.photographs.megapixels),
                 "metrics": {"validation": self.validate(self.settings.steps, folder)},
             },
-            preview=latent_rgb(self.crops.latents(numbers), self.crops.images(numbers)),
+            preview=self._preview() if is_contained(self.model) else None,
         )
+
+    def _preview(self) -> tuple[tuple[float, ...], ...]:
+        """Return latent -> RGB factors of a base that hosts do not know, fitted to the crops that come first."""
+        pieces = torch.arange(min(64, self.crops.count) or 64).split(self.settings.batch)
+        latents, images = (torch.cat([find(n) for n in pieces]) for find in (self.crops.latents, self.crops.images))
+        return latent_rgb(latents, images)

@@ -37,6 +37,7 @@ class ContactSheetSettings:
     out: Path  # PNG file
     degradation: Preset = "paper"  # ranges of blur, noise and JPEG: docs/TRAINING.md
     usm: bool = False  # sharpen crops first, as --usm=true does in training
+    candidates: int = 1  # crops drawn for each one shown; the most detailed is taken
     count: int = 8  # pairs
     columns: int = 2  # pairs beside each other
     crop: int = 256  # pixels
@@ -96,7 +97,7 @@ def pair(
         Crop `number`, (3, crop, crop) in [0, 1]; its partner of each path, and with both paths their difference around
         middle grey, each (3, crop / 4, crop / 4); the caption.
     """
-    hq = photographs.crop(settings.crop, generator_for(settings.seed + 1, number), candidates=2, number=number)
+    hq = photographs.crop(settings.crop, generator_for(settings.seed + 1, number), settings.candidates, number)
     hq = (hq + 1.0) / 2.0
     if settings.usm:
         hq = degradation.sharpen(hq)

@@ -50,8 +50,10 @@ class PatchDiscriminator(nn.Module):
 
 def spectral_norm(weight: Tensor) -> Tensor:
     """Return the largest singular value of a convolution's weight as a matrix (out, in * kernel); a scalar."""
-    matrix = weight.flatten(1)
-    return torch.linalg.eigvalsh(matrix @ matrix.T)[-1].clamp_min(1e-12).sqrt()
+    # Autocast would multiply in bfloat16, which the eigenvalues of a GPU do not take.
+    with torch.autocast(weight.device.type, enabled=False):
+        matrix = weight.flatten(1).float()
+        return torch.linalg.eigvalsh(matrix @ matrix.T)[-1].clamp_min(1e-12).sqrt()
 
 
 def adversarial_losses(discriminator: PatchDiscriminator, restored: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

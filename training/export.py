@@ -24,7 +24,7 @@ from clearsr_core.config import SD21_NETWORKS, BaseConfig, ClearSRConfig
 from clearsr_core.fingerprint import unet_fingerprint
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 
-from . import command_line, model_card, models, snapshot
+from . import command_line, model_card, models, run_folder, snapshot
 from .base_model import BaseModel
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
@@ -58,6 +58,11 @@ def lora_tensors(module: torch.nn.Module, rank: int) -> dict[str, Tensor]:
     layers = {name.rpartition(".lora_")[0] for name in tensors}
     # Trained with alpha = rank; without the tensor, readers disagree about what a missing alpha means.
     return tensors | {f"{layer}.alpha": torch.tensor(float(rank)) for layer in layers}
+
+
+def is_contained(model: ClearSRModel) -> bool:
+    """Return whether the base goes into the file: it is not of Stable Diffusion 2.1's size, which hosts have."""
+    return base_config(model) != SD21_NETWORKS
 
 
 def latent_rgb(latents: Tensor, images: Tensor) -> tuple[tuple[float, ...], ...]:
@@ -104,7 +109,7 @@ def export(
         CheckpointError: what would be in the file is not sound; a file that was there before is as it was.
     """
     networks = base_config(model)
-    contained = networks != SD21_NETWORKS
+    contained = is_contained(model)
     config = ClearSRConfig(
         control=model.control.config,
         lora_rank=rank,
@@ -261,9 +266,7 @@ def export_run(settings: ExportSettings) -> None:
 
 def _figures(run: Path, step: int) -> dict[str, Any]:
     """Return the last validation up to `step` and the mean loss of the hundred steps before it, as far as logged."""
-    stats = run / "stats.jsonl"
-    lines = stats.read_text(encoding="utf-8").splitlines() if stats.is_file() else []
-    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    rows = [row for row in run_folder.rows(run) if row["step"] <= step]
     figures: dict[str, Any] = {}
     losses = [row["loss"] for row in rows if "loss" in row and row["step"] > step - 100]
     if losses:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import models
+from . import models, provenance
 from .clearsr_model import ClearSRModel
 from .degradation import sharpen
 from .photographs import Photographs
@@ -23,6 +23,7 @@ from .randomness import generator_for
 log = logging.getLogger("clearsr.training")
 
 BATCH = 16
+_IDENTITY = "identity"
 
 
 def weights_hash(*modules: nn.Module | None) -> str:
@@ -38,10 +39,8 @@ def encoded_once(
     cache: Path, identity: str, count: int, encode: Callable[[Tensor], dict[str, Tensor]], what: str
 ) -> dict[str, Tensor]:
     """Return what `encode` gives for the numbers 0 .. count-1, from `cache` if that file is of the same identity."""
-    if cache.is_file():
-        stored = load_file(cache)
-        if bytes(stored.pop("identity").tolist()).decode() == identity:
-            return stored
+    if cache.is_file() and _identity_of(cache) == identity:
+        return {name: value for name, value in load_file(cache).items() if name != _IDENTITY}
     batches = []
     with torch.no_grad():
         for start in tqdm(range(0, count, BATCH), desc=what, unit="batch", mininterval=5):
@@ -50,13 +49,21 @@ def encoded_once(
     tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(".part")
-    save_file({**tensors, "identity": torch.tensor(list(identity.encode()))}, partial)
+    save_file({**tensors, _IDENTITY: torch.tensor(list(identity.encode()))}, partial)
     partial.replace(cache)
     return tensors
 
 
+def _identity_of(cache: Path) -> str:
+    """Read the identity alone: what else an outdated cache holds would take memory, and on Windows hold the file."""
+    with safe_open(cache, framework="pt") as file:
+        return bytes(file.get_tensor(_IDENTITY).tolist()).decode() if _IDENTITY in file.keys() else ""  # noqa: SIM118
+
+
 class Crops:
     """Numbered crops of a photograph folder: pixels on demand; the latents of a fixed set of them from a cache.
+
+    Numbers from 0 on are for training. Those below 0 are crops like them that are in no set and in no step.
 
     Args:
         photographs: where the crops come from.
@@ -66,6 +73,7 @@ class Crops:
         seed: decides which.
         cache: file to keep the latents in; made anew when it belongs to another set or another autoencoder.
         usm: sharpen every crop before anything is made of it.
+        candidates: crops drawn for each one used; the most detailed is taken.
     """
 
     def __init__(
@@ -78,22 +86,23 @@ class Crops:
         cache: Path,
         device: str,
         usm: bool = False,
+        candidates: int = 1,
     ) -> None:
-        self.photographs, self.size, self.count, self.seed, self.usm = photographs, size, count, seed, usm
+        self.photographs, self.size, self.count, self.seed = photographs, size, count, seed
+        self.usm, self.candidates = usm, candidates
         self._vae, self._device = vae, device
-        options = [photographs.order] * (photographs.order != "area") + ["usm"] * usm
-        identity = json.dumps([photographs.listing, size, count, seed, *options])
-        self.listing = hashlib.sha256(identity.encode()).hexdigest()
+        options = {"usm": usm, "candidates": candidates}
+        self.identity = provenance.digest([photographs.identity, size, count, seed, options])
 
         self._latents: Tensor | None = None
         if count:
-            identity = weights_hash(vae.encoder, vae.quant_conv) + self.listing
+            identity = weights_hash(vae.encoder, vae.quant_conv) + self.identity
             encoded = encoded_once(cache, identity, count, lambda i: {"latents": self.latents(i)}, "encoding crops")
             self._latents = encoded["latents"]
 
     def latents(self, indices: Tensor) -> Tensor:
         """Return x_0 of crops, (B, 4, size / 8, size / 8) in model units on the CPU."""
-        if self._latents is not None:
+        if self._latents is not None and int(indices.min()) >= 0:
             return self._latents[indices]
         return models.encode(self._vae, self.images(indices).to(self._device)).cpu()
 
@@ -103,7 +112,7 @@ class Crops:
 
     def image(self, index: int) -> Tensor:
         """Return crop `index` as (3, size, size) in [-1, 1]."""
-        crop = self.photographs.crop(self.size, generator_for(self.seed + 1, index), candidates=2, number=index)
+        crop = self.photographs.crop(self.size, generator_for(self.seed + 1, index), self.candidates, number=index)
         return sharpen((crop + 1.0) / 2.0) * 2.0 - 1.0 if self.usm else crop
 
     def images(self, indices: Tensor) -> Tensor:
@@ -156,7 +165,7 @@ class FixedPairs:
             [
                 "by number",  # which degradation a crop gets
                 weights_hash(model.lr_encoder, model.image_encoder, model.clip),
-                crops.listing,
+                crops.identity,
                 degradation,
                 str(seed),
             ]

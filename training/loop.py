@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from . import optimizer as optimizers
 from . import parallel, run_folder, snapshot
+from .base_model import load_autoencoder
 from .clearsr_model import weights_in
 
 log = logging.getLogger("clearsr.training")
@@ -29,7 +30,7 @@ log = logging.getLogger("clearsr.training")
 NON_FINITE_LIMIT = 5
 # What may differ when a run goes on: it does not change what is trained, or only how long.
 FREE = {
-    *("steps", "out", "device", "threads", "workers", "data", "memory_gb"),
+    *("steps", "device", "threads", "workers", "memory_gb"),
     *("snapshot_every", "validate_every", "keep", "best", "tensorboard"),
     *("accumulation", "checkpointing", "compile", "degrade_on"),
 }
@@ -44,7 +45,8 @@ class LoopSettings:
     steps: int  # of the optimiser, from the first on; a stopped run goes on to the same number
     learning_rate: float  # at its highest
     out: Path  # folder of the run: snapshots, log, and what comes out
-    init: Path = Path()  # folder of another run, or a ClearSR file, whose weights to start from; empty = from nothing
+    # A ClearSR file, an autoencoder's folder or that of another run, whose weights to start from; empty = from nothing.
+    init: Path = Path()
     seed: int = 0  # of everything random
     batch: int = 8  # samples of one step, in all processes together
     accumulation: int = 1  # parts in which a process computes its share of the batch, to save memory
@@ -63,6 +65,13 @@ class LoopSettings:
     threads: int = 0  # 0 = torch's default
     device: str = "cpu"  # cpu, or cuda: the GPU of this process
 
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch", 1), ("accumulation", 1), ("snapshot_every", 1), ("keep", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name}={getattr(self, name)}: give {least} or more.")
+        if self.best != "none" and not self.validate_every:
+            raise ValueError(f"--best={self.best} looks at validations: give --validate_every=STEPS.")
+
 
 class Stage(Protocol[Batch]):
     """One thing to train: it says what moves, makes batches on the CPU, and its module turns them into a loss."""
@@ -70,6 +79,11 @@ class Stage(Protocol[Batch]):
     @property
     def module(self) -> nn.Module:
         """Holds every parameter that moves; module(batch) -> (loss, figures), scalars."""
+        ...
+
+    @property
+    def given(self) -> dict[str, str]:
+        """What the stage was given beside its settings, as pictures and models that hold still -> a digest of each."""
         ...
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -157,7 +171,8 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
     main, out = accelerator.is_main_process, settings.out
     with run_folder.only_writer(out) if main else nullcontext():
         # Weights: of the newest snapshot, else of `init`, else as the stage made them.
-        state = _newest(out, identity)
+        given = stage.given
+        state = _newest(out, identity, given)
         step = state.step if state is not None else 0
         if state is not None:
             _take(state, "model", stage.trainable())
@@ -188,11 +203,12 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
             tensors |= {f"held.{name}": parallel.whole(value) for name, value in held.items()}
             tensors |= {f"ema.{name}": parallel.whole(value) for name, value in averaged.items()}
             tensors |= snapshot.optimizer_tensors(optimizer, names, parallel.whole)
-            state = snapshot.TrainingState(step, tensors, identity)
+            state = snapshot.TrainingState(step, tensors, identity, given)
             return snapshot.write(out, state, settings.keep) if main else out
 
         def validate() -> dict[str, float]:
-            with torch.no_grad(), parallel.gathered(module), _swapped(parameters, averaged):
+            # Averaged weights first: what is gathered are copies.
+            with torch.no_grad(), _swapped(parameters, averaged), parallel.gathered(module):
                 if main:
                     return stage.validate(step, out)
                 if parallel.is_sharded(accelerator):  # every process has a part of what is needed
@@ -270,7 +286,7 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
 
 def finish_from_snapshot(stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> None:
     """Write the result of a finished run from its newest snapshot, in one process: it is made of whole weights."""
-    state = _newest(settings.out, identity)
+    state = _newest(settings.out, identity, stage.given)
     if state is None:
         raise snapshot.SnapshotError(f"{settings.out} holds no snapshot to make a result of.")
     _take(state, "ema" if settings.ema else "model", stage.trainable())
@@ -319,9 +335,11 @@ def _swapped(parameters: dict[str, nn.Parameter], averaged: dict[str, Tensor]) -
 
 
 def _start_from(source: Path, weights: dict[str, nn.Parameter]) -> None:
-    """Take the weights of a file or another run, averaged ones if it has them; its optimiser and steps stay there."""
+    """Take the weights of a file, of an autoencoder's folder, or of another run, averaged ones if it has them."""
     if source.is_file():
         found = weights_in(source)
+    elif (source / "config.json").is_file():
+        found = load_autoencoder(source).state_dict()
     else:
         path = snapshot.latest(source)
         if path is None:
@@ -339,13 +357,19 @@ def _start_from(source: Path, weights: dict[str, nn.Parameter]) -> None:
             parameter.copy_(stored)
 
 
-def _newest(out: Path, identity: dict[str, object]) -> snapshot.TrainingState | None:
+def _newest(out: Path, identity: dict[str, object], given: dict[str, str]) -> snapshot.TrainingState | None:
     """Return the newest snapshot of `out`, which must be of the same run, or None."""
     path = snapshot.latest(out)
     if path is None:
         return None
     state = snapshot.read(path)
     _check_same_run(state.settings, identity, out)
+    others = sorted(name for name in state.given.keys() | given.keys() if state.given.get(name) != given.get(name))
+    if others:
+        raise snapshot.SnapshotError(
+            f"{out} holds a run on another {', another '.join(others)}. Give what it was begun with to go on, or "
+            "another --out."
+        )
     log.info("Continuing %s from step %d.", out, state.step)
     return state
 
@@ -360,4 +384,9 @@ def _held(stage: Stage) -> dict[str, nn.Parameter]:
 def _take(state: snapshot.TrainingState, kind: str, targets: Mapping[str, Tensor]) -> None:
     """Copy one kind of a snapshot's tensors into their places."""
     for name, target in targets.items():
-        target.copy_(parallel.like(state.tensors[f"{kind}.{name}"], target))
+        stored = state.tensors.get(f"{kind}.{name}")
+        if stored is None or stored.shape != target.shape:
+            raise snapshot.SnapshotError(
+                f"The snapshot of step {state.step} is of another model: {name} does not fit. Give another --out."
+            )
+        target.copy_(parallel.like(stored, target))

@@ -6,9 +6,7 @@ folder as it does the photographs'.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
 import os
 import sys
@@ -20,14 +18,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import command_line, config, loop
+from . import command_line, config, loop, provenance
 from .photographs import Photographs, to_bytes
 from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
 
-MADE_WITH = "crops.json"  # in `out`: the settings that decide every crop
-_MAY_CHANGE = ("megabytes", "memory_gb")
+_MAY_CHANGE = ("megabytes", "memory_gb")  # what changes no crop
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,8 @@ def run(settings: MakeCropsSettings) -> int:
             "--crop takes 64 pixels or more, --quality 1 to 100, --candidates 1 or more, --megabytes more than 0."
         )
     photographs = Photographs(settings.data, settings.crop, settings.memory_gb)
-    _claim(settings, photographs.listing)
+    made_with = {key: value for key, value in loop.plain(settings).items() if key not in _MAY_CHANGE}
+    provenance.claim(settings.out, {**made_with, "photographs": provenance.digest(photographs.listing)})
     limit, used, number = settings.megabytes * 1e6, 0, 0
     with tqdm(
         total=settings.megabytes, unit="MB", bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MB {remaining}"
@@ -91,20 +89,6 @@ def run(settings: MakeCropsSettings) -> int:
             bar.update(size / 1e6)
     log.info("%d crops of %d pixels, %.1f MB, in %s.", number, settings.crop, used / 1e6, settings.out)
     return number
-
-
-def _claim(settings: MakeCropsSettings, listing: object) -> None:
-    """Note in `out` what its crops are made with; crops of other settings are not mixed with these."""
-    made_with = {key: value for key, value in loop.plain(settings).items() if key not in _MAY_CHANGE}
-    made_with["photographs"] = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    path = settings.out / MADE_WITH
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in made_with.keys() | before.keys() if made_with.get(key) != before.get(key))
-        if changed:
-            raise ValueError(f"--out={settings.out} holds crops of another {', '.join(changed)}: give another folder.")
-    settings.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from . import command_line, config
+from . import command_line, config, provenance
 from .degradation import PRESETS, Preset
 from .pairs import degrade_pairs
-from .photographs import SUFFIXES, read_pixels, reason, to_bytes, write_png
+from .photographs import SUFFIXES, read_pixels, to_bytes, write_png
 
 log = logging.getLogger("clearsr.training")
 
@@ -39,8 +38,8 @@ def run(settings: MakePairsSettings) -> None:
     """Write every pair that is not there yet.
 
     Raises:
-        ValueError: no photographs, equal names, one too small or unreadable, settings that cannot be; nothing is
-            written of that photograph.
+        ValueError: no photographs, equal names, one too small or unreadable, settings that cannot be, or pairs of other
+            settings in `out`; nothing is written of that photograph.
     """
     if settings.crop and (settings.crop < SMALLEST or settings.crop % SCALE):
         raise config.ConfigError(f"--crop={settings.crop}: give 0, or a multiple of {SCALE} from {SMALLEST} on.")
@@ -52,14 +51,14 @@ def run(settings: MakePairsSettings) -> None:
     name, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{times} photographs in --data={settings.data} are called {name}. Rename all but one.")
+    made_with = {"crop": settings.crop, "degradation": settings.degradation, "seed": settings.seed}
+    if settings.out.is_dir():
+        provenance.claim(settings.out, made_with)
     for path in tqdm(paths, unit="pair"):
         hr, lr = (settings.out / kind / f"{path.stem}.png" for kind in ("hr", "lr"))
         if hr.is_file() and lr.is_file():
             continue
-        try:
-            pixels = read_pixels(path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: of broken PNGs
-            raise ValueError(f"{path} cannot be read ({reason(error)}). Replace it, or take it out.") from error
+        pixels = read_pixels(path)
         height, width = (min(side, settings.crop or side) // SCALE * SCALE for side in pixels.shape[-2:])
         if min(height, width) < SMALLEST:
             raise ValueError(
@@ -70,6 +69,7 @@ def run(settings: MakePairsSettings) -> None:
         # By its name, so that other photographs beside it change nothing.
         number = zlib.crc32(path.stem.encode())
         small = degrade_pairs(hq, [number], settings.seed, PRESETS[settings.degradation], SCALE)
+        provenance.claim(settings.out, made_with)
         for image, target in ((hq, hr), (small, lr)):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_png(to_bytes(image[0]), target)

@@ -52,8 +52,12 @@ def build_autoencoder(widths: tuple[int, ...], blocks: int, norm_groups: int = 3
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encode (B, 3, H, W) in [-1, 1] to the posterior's mode, (B, 4, H/8, W/8) in model units."""
-    return vae.encode(images).latent_dist.mode() * LATENT_SCALE
+    """Encode (B, 3, H, W) in [-1, 1] to the posterior's mode, (B, 4, H/8, W/8) float32 in model units.
+
+    Float32 under autocast too: diffusers gives the noise schedule the type of the latents, and bfloat16 has so few
+    digits that the first steps would have no noise at all, and others a fifth too much or too little.
+    """
+    return vae.encode(images).latent_dist.mode().float() * LATENT_SCALE
 
 
 @torch.no_grad()

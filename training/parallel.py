@@ -29,16 +29,28 @@ def processes(device: str, precision: str) -> Iterator[Accelerator]:
     """Join the other processes of `accelerate launch`, or stand alone; leave them at the end.
 
     Args:
-        device: "cpu", or anything else for the accelerator that the launcher assigns to this process.
+        device: "cpu", or "cuda" for the one that the launcher assigns to this process (xpu and mps where torch has
+            them).
         precision: "float32" or "bfloat16" (autocast; weights, gradients and moments stay float32).
 
     Raises:
-        ValueError: the launcher asks for a kind of parallelism that this loop does not know.
+        ValueError: the launcher asks for a kind of parallelism that this loop does not know, or torch sees no such
+            device.
     """
+    if device not in ("cpu", "cuda", "xpu", "mps"):
+        raise ValueError(
+            f"--device={device}: give cpu or cuda. Which of several GPUs it is says the launcher, or the environment "
+            "variable CUDA_VISIBLE_DEVICES."
+        )
     # A gradient that is a view of its bucket saves a copy of all gradients.
     keywords = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=_PRECISIONS[precision], kwargs_handlers=[keywords])
     try:
+        if accelerator.device.type != device:
+            raise ValueError(
+                f"--device={device}, but torch {torch.__version__} finds no such device. Look at the driver and at "
+                "the build of torch, or give --device=cpu."
+            )
         if accelerator.distributed_type not in _KNOWN:
             raise ValueError(
                 f"accelerate launch asks for {accelerator.distributed_type.value}; this loop knows data parallel and "

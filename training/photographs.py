@@ -48,8 +48,16 @@ def read_rgb(file: Path | io.BytesIO) -> np.ndarray:
 
 
 def read_pixels(path: Path) -> Tensor:
-    """Read a picture as (1, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255.0
+    """Read a picture as (1, 3, H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: it cannot be read; the message says which and why.
+    """
+    try:
+        picture = read_rgb(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: of broken PNGs
+        raise ValueError(f"{path} cannot be read ({reason(error)}). Replace it, or take it out.") from error
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255.0
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
@@ -284,7 +292,7 @@ class Photographs:
         data: a folder of picture files, searched with everything below it, or of shards; or `synthetic`.
         smallest: pictures with a side under this many pixels are left out, and reported.
         memory_gb: most memory that decoded pictures take, in 1e9 bytes.
-        order: "area": every pixel is equally likely in every crop; "chunked": see `ChunkedOrder`.
+        order: "area": every pixel is equally likely in every crop drawn; "chunked": see `ChunkedOrder`.
         seed: of the chunked order.
     """
 
@@ -336,6 +344,13 @@ class Photographs:
         return [(self._source.names[number], (*self._source.sizes[number], 3)) for number in self._numbers]
 
     @property
+    def identity(self) -> list[object]:
+        """What decides which picture every crop is cut from: the pictures, and in the chunked order their chunks."""
+        if self._chunked is None:
+            return list(self.listing)
+        return [*self.listing, self.order, [len(chunk) for chunk in self._chunked.chunks]]
+
+    @property
     def megapixels(self) -> float:
         """Sum of all pictures."""
         return sum(height * width for height, width in self.sizes) / 1e6
@@ -343,8 +358,8 @@ class Photographs:
     def crop(self, size: int, generator: torch.Generator, candidates: int = 1, number: int | None = None) -> Tensor:
         """Return a random (3, size, size) crop in [-1, 1], flipped at random.
 
-        Every pixel of the folder is equally likely. With `candidates` > 1 as many crops are drawn and the most detailed
-        one is taken: skies and blurred backgrounds fill most of a photograph and teach a super-resolver little.
+        Every pixel of the folder is equally likely, with one of `candidates`. Of more the most detailed one is taken:
+        skies and blurred backgrounds fill most of a photograph and teach a small super-resolver little.
 
         In the chunked order `number`, the crop's place in an endless row, decides which picture it is cut from.
         """

@@ -83,13 +83,17 @@ def shapes_of(settings: DataSettings) -> Stage[Any]:
         ValueError: the base model or the autoencoder that the settings name is not there, or settings do not fit it.
     """
     # Read before tensors lose their content.
-    networks = networks_of(settings.base, settings.base_widths) if isinstance(settings, ClearSRSettings) else None
+    networks = None
+    if isinstance(settings, ClearSRSettings):
+        networks = networks_of(settings.base, settings.base_widths)
+    elif isinstance(settings, BaseSettings) and settings.vae.is_file():
+        networks = networks_of(settings.vae)
     with torch.device("meta"), Answers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # nothing is to be copied
         if isinstance(settings, ClearSRSettings) and networks is not None:
             return _ClearSR(settings, networks)
         if isinstance(settings, BaseSettings):
-            return _Base(settings)
+            return _Base(settings, networks)
         if isinstance(settings, AutoencoderSettings):
             return _Autoencoder(settings)
     raise TypeError(type(settings).__name__)
@@ -135,11 +139,18 @@ class _ClearSR(ClearSRStage):
 
 
 class _Base(BaseStage):
-    def __init__(self, settings: BaseSettings) -> None:
+    def __init__(self, settings: BaseSettings, networks: BaseConfig | None) -> None:
         self.settings = settings
-        if not (settings.vae / "config.json").is_file():
-            raise ValueError(f"--vae={settings.vae} holds no autoencoder: give the folder vae of an autoencoder's run.")
-        self.vae = AutoencoderKL.from_config(AutoencoderKL.load_config(settings.vae)).requires_grad_(False)
+        if networks is not None:
+            self.vae = models.build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+        elif (settings.vae / "config.json").is_file():
+            self.vae = AutoencoderKL.from_config(AutoencoderKL.load_config(settings.vae))
+        else:
+            raise ValueError(
+                f"--vae={settings.vae} holds no autoencoder: give the folder vae of an autoencoder's run, or a ClearSR "
+                "file that carries its base model."
+            )
+        self.vae.requires_grad_(False)
         self.unet = models.build_unet(
             settings.widths, settings.head_channels, settings.context_dim, settings.norm_groups
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,12 +15,14 @@ from tqdm import tqdm
 from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig
 
-from . import command_line, config
+from . import command_line, loop, provenance
 from .clearsr_model import ClearSRModel
 from .photographs import SUFFIXES, read_pixels, to_bytes, write_png
 from .pipeline import ColorFix, restore
 
 log = logging.getLogger("clearsr.training")
+
+_MAY_CHANGE = ("limit", "threads")  # what changes no picture
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,14 @@ class RestoreSettings:
 
 
 def run(settings: RestoreSettings) -> None:
-    """Upscale every picture that has no result yet."""
+    """Upscale every picture that has no result yet.
+
+    Raises:
+        ValueError: no pictures, equal names, one that cannot be read, or results of other settings in `out`.
+        CheckpointError: the file is no self-contained ClearSR file.
+    """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    model = ClearSRModel.from_checkpoint(settings.checkpoint)
     lsa = LSAConfig(
         settings.ela_strength,
         settings.lla_strength,
@@ -55,10 +62,17 @@ def run(settings: RestoreSettings) -> None:
         settings.lla_start,
         settings.accumulate,
     )
+    if not settings.lr.is_dir():
+        raise ValueError(f"--lr={settings.lr} is not a folder.")
     paths = sorted(path for path in settings.lr.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"No pictures in --lr={settings.lr}.")
-    settings.out.mkdir(parents=True, exist_ok=True)
+    name, times = Counter(path.stem for path in paths).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{times} pictures in --lr={settings.lr} are called {name}. Rename all but one.")
+    made_with = {key: value for key, value in loop.plain(settings).items() if key not in _MAY_CHANGE}
+    provenance.claim(settings.out, {**made_with, "checkpoint": provenance.sha256(settings.checkpoint)})
+    model = ClearSRModel.from_checkpoint(settings.checkpoint)
     for path in tqdm(paths[: settings.limit or None], unit="picture"):
         target = settings.out / f"{path.stem}.png"
         if target.exists():
@@ -81,7 +95,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         run(command_line.settings(RestoreSettings, arguments, __doc__))
-    except (config.ConfigError, CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         log.error("%s", error)
         return 1
     return 0

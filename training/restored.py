@@ -57,7 +57,7 @@ class RestoredCrops:
             return {"latents": restore_latents(model, encoded, seed + int(indices[0]), steps=steps, denoise=denoise)}
 
         identity = json.dumps(
-            [weights_hash(model), photographs.listing, size, count, seed, steps, denoise, degradation]
+            [weights_hash(model), photographs.identity, size, count, seed, steps, denoise, degradation]
         )
         self.latents = encoded_once(cache, identity, count, encode, "restoring crops")["latents"]
 

@@ -102,11 +102,15 @@ def _summary_writer(folder: Path, step: int) -> Any:  # noqa: ANN401 - see `Log`
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's log; a kill can leave half a line at the end."""
+    """Return the rows of a run's log, up to the half line that a kill, or a run that goes on, has at the end."""
     path = folder / STATS
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    found: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 def validations(folder: Path, measure: str) -> list[float]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class TrainingState:
     step: int
     tensors: dict[str, Tensor]
     settings: dict[str, object]
+    given: dict[str, str] = field(default_factory=dict)  # pictures and models that the run stands on -> digests
 
 
 def write(folder: Path, state: TrainingState, keep: int = 2) -> Path:
@@ -40,7 +41,8 @@ def write(folder: Path, state: TrainingState, keep: int = 2) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / _NAME.format(step=state.step)
     temporary = target.with_suffix(".part")
-    metadata = {"format": str(FORMAT), "step": str(state.step), "settings": json.dumps(state.settings, sort_keys=True)}
+    metadata = {"format": str(FORMAT), "step": str(state.step)}
+    metadata |= {name: json.dumps(getattr(state, name), sort_keys=True) for name in ("settings", "given")}
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}, temporary, metadata
@@ -96,13 +98,8 @@ def read(path: Path) -> TrainingState:
         raise
     except Exception as error:
         raise SnapshotError(f"{path} cannot be read: {error}. Delete it to continue from the one before.") from error
-    return TrainingState(int(metadata["step"]), tensors, json.loads(metadata["settings"]))
-
-
-def load_parameters(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors of a snapshot under `prefix`, without it (for a later stage or for export)."""
-    state = read(path)
-    return {name.removeprefix(prefix): value for name, value in state.tensors.items() if name.startswith(prefix)}
+    settings, given = (json.loads(metadata.get(name, "{}")) for name in ("settings", "given"))
+    return TrainingState(int(metadata["step"]), tensors, settings, given)
 
 
 def optimizer_tensors(

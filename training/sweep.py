@@ -9,7 +9,6 @@ stop, and a finer grid costs only what is new.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig, phase_lengths
 
-from . import command_line, config, evaluate, loop, plots, tables
+from . import command_line, config, evaluate, loop, plots, provenance, tables
 from .clearsr_model import ClearSRModel
 from .evaluate import EvaluationSettings
 from .photographs import read_pixels, to_bytes, write_png
@@ -41,12 +40,11 @@ from .pipeline import (
     to_pixels,
     trajectory,
 )
-from .tables import DIGITS, REFERENCE, TITLES, EvaluationError, Summary, title
+from .tables import DIGITS, REFERENCE, TITLES, Summary, title
 
 log = logging.getLogger("clearsr.training")
 
-RUN_FILE = "sweep_run.json"  # what the pictures in `out` were made with
-_MAY_CHANGE = ("alphas", "betas", "limit", "efflite", "threads")
+_MAY_CHANGE = ("alphas", "betas", "limit", "efflite", "threads")  # what changes no picture
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,8 @@ def over_betas(
 def restore_grid(settings: SweepSettings) -> None:
     """Upscale every picture at every place of the grid that has no result yet."""
     pairs = evaluate.find_pairs(settings.hr, settings.lr, settings.limit)
-    _claim(settings)
+    made_with = {key: value for key, value in loop.plain(settings).items() if key not in _MAY_CHANGE}
+    provenance.claim(settings.out, {**made_with, "checkpoint": provenance.sha256(settings.checkpoint)})
     model = None
     count = len(pairs) * len(settings.alphas) * len(settings.betas)
     with tqdm(total=count, unit="picture") as progress:
@@ -156,22 +155,6 @@ def restore_grid(settings: SweepSettings) -> None:
                 for beta, result in zip(missing, results, strict=True):
                     write_png(to_bytes(result[0]), targets[beta])
                     progress.update()
-
-
-def _claim(settings: SweepSettings) -> None:
-    """Note in `out` what its pictures are made with; pictures of another run are not mixed with these."""
-    made_with = {key: value for key, value in loop.plain(settings).items() if key not in _MAY_CHANGE}
-    made_with["checkpoint"] = hashlib.sha256(settings.checkpoint.read_bytes()).hexdigest()
-    path = settings.out / RUN_FILE
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in made_with.keys() | before.keys() if made_with.get(key) != before.get(key))
-        if changed:
-            raise EvaluationError(
-                f"--out={settings.out} holds pictures made with another {', '.join(changed)}. Give another folder."
-            )
-    settings.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
 
 
 def measure_grid(settings: SweepSettings) -> dict[str, dict[str, Summary]]:

@@ -12,10 +12,22 @@ from PIL import Image
 from torch import Tensor
 
 from clearsr_core import checkpoint
-from training import degradation, models, prepare, replace_decoder, restore, run_folder, snapshot, train
+from training import (
+    clearsr,
+    config,
+    degradation,
+    models,
+    prepare,
+    replace_decoder,
+    restore,
+    run_folder,
+    snapshot,
+    train,
+)
 from training.autoencoder import build_autoencoder, normalise_latents
 from training.base_model import BaseModel
 from training.checkpointing import Checkpointing, checkpoint_blocks
+from training.clearsr import ClearSRSettings, ClearSRStage
 from training.clearsr_model import ClearSRModel
 from training.latents import Crops
 from training.photographs import Photographs, read_rgb
@@ -291,7 +303,7 @@ def test_restore_gives_exactly_scale_times_input(chain: Path, tmp_path: Path) ->
         Image.new("RGB", size, (200, 40, 90)).save(tmp_path / "lr" / f"{name}.png")
     command = [f"--checkpoint={chain}/nano/clearsr.safetensors", f"--lr={tmp_path}/lr", f"--out={tmp_path}/out"]
     assert restore.main([*command, "--steps=2", "--ela_strength=0.02"]) == 0
-    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "out").glob("*.png")}
     assert sizes == {"a": (52, 28), "b": (64, 64), "c": (4, 20)}
 
 
@@ -380,7 +392,7 @@ def test_sharpened_crops_in_chunked_order_are_another_set(chain: Path, tmp_path:
     plain, sharpened = (each.image(1) for each in crops)
     torch.testing.assert_close(sharpened, degradation.sharpen((plain + 1.0) / 2.0) * 2.0 - 1.0)
     assert sharpened.std() > plain.std()
-    assert crops[0].listing != crops[1].listing
+    assert crops[0].identity != crops[1].identity
     generator = torch.Generator()
     assert [crops[0].draw(step, 3, generator).tolist() for step in (0, 1, 2)] == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]
 
@@ -448,3 +460,140 @@ def test_validation_measures_and_shows_what_the_decoder_makes_of_x_lr(chain: Pat
     assert (tmp_path / "best_00000002.safetensors").is_file()
     command = ["--preset=nano", f"--data={chain}/photographs", f"--base={chain}/base", "--best=niqe", "--crop=64"]
     assert train.main([*command, f"--out={tmp_path / 'other'}"]) == 1
+
+
+def _stage(chain: Path, tmp_path: Path, **changes: str) -> ClearSRStage:
+    values = {"steps": "1", "learning_rate": "1e-4", "crop": "64", "batch": "2", "crops": "0", "threads": "1"}
+    paths = {"base": f"{chain}/base", "data": f"{chain}/photographs", "out": f"{tmp_path}/run"}
+    stage = ClearSRStage(config.build(ClearSRSettings, values, paths, changes))
+    stage.start(range(2))
+    return stage
+
+
+def test_half_precision_leaves_the_noise_schedule_alone(chain: Path, tmp_path: Path) -> None:
+    """bfloat16 rounds 1 - abar to steps of 1/256: no noise at all at t = 0 and 1, a fifth too much at t = 2."""
+    stage = _stage(chain, tmp_path, precision="bfloat16")
+    batch = stage.make(0)._replace(timesteps=torch.tensor([0, 2]))
+    seen: list[Tensor] = []
+
+    def eps(x_t: Tensor, *_: Tensor) -> Tensor:
+        seen.append(x_t)
+        return torch.zeros_like(x_t)
+
+    stage.model.eps = eps  # type: ignore[method-assign]
+    with torch.autocast("cpu", torch.bfloat16):
+        stage.module(batch)
+        x_0 = models.encode(stage.model.vae, batch.hq)
+    assert x_0.dtype == torch.float32
+    kept = stage.module.schedule.alphas_cumprod[batch.timesteps].double()[:, None, None, None]
+    expected = kept.sqrt() * x_0 + (1 - kept).sqrt() * batch.noise
+    torch.testing.assert_close(seen[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_of_a_host_gets_no_preview_and_ours_one_in_pieces(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 crops of 512 pixels at once would take 40 GiB at the end of the paper's training, for nothing."""
+    stage, asked = _stage(chain, tmp_path), []
+    real = stage.crops.latents
+
+    def latents(numbers: Tensor) -> Tensor:
+        asked.append(numbers.tolist())
+        return real(numbers)
+
+    monkeypatch.setattr(stage.crops, "latents", latents)
+    monkeypatch.setattr(stage, "validate", lambda *_: {})
+    stage.finish(tmp_path)
+    assert asked == [[number, number + 1] for number in range(0, 64, 2)]
+    asked.clear()
+    given: list[object] = []
+    monkeypatch.setattr(clearsr, "is_contained", lambda _: False)
+    monkeypatch.setattr(clearsr, "export", lambda *_, preview, **__: given.append(preview))
+    stage.finish(tmp_path)
+    assert (asked, given) == ([], [None])
+
+
+@pytest.mark.parametrize("crops", ["0", "4"])
+def test_validation_shows_crops_that_no_step_trains_on(chain: Path, tmp_path: Path, crops: str) -> None:
+    stage = _stage(chain, tmp_path, crops=crops, cache=f"{tmp_path}/latents.safetensors")
+    seen: set[int] = set()
+    real = stage.crops.image
+
+    def image(index: int) -> Tensor:
+        seen.add(index)
+        return real(index)
+
+    stage.crops.image = image  # type: ignore[method-assign]
+    figures = stage.validate(1, tmp_path)
+    assert seen == {-4, -3, -2, -1}
+    assert not torch.equal(real(-1), real(3))
+    # The target is the latent of the very crop, not of a row of the fixed set.
+    assert figures["latent_error"] > 0
+    torch.testing.assert_close(stage.crops.latents(torch.tensor([-1])), models.encode(stage.model.vae, real(-1)[None]))
+
+
+def test_validation_samples_as_the_exported_file_will(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchors: list[Tensor | None] = []
+
+    def spy(eps: object, lr_latents: Tensor, *_: object, anchor: Tensor | None = None, **__: object) -> Tensor:
+        anchors.append(anchor)
+        return lr_latents
+
+    monkeypatch.setattr(clearsr, "sample", spy)
+    _stage(chain, tmp_path).validate(1, tmp_path)
+    _stage(chain, tmp_path, anchor="plain").validate(1, tmp_path)
+    assert anchors[0] is None
+    assert anchors[1] is not None
+
+
+def test_the_papers_training_takes_every_crop_and_nanos_the_more_detailed_of_two(chain: Path, tmp_path: Path) -> None:
+    assert config.read_preset("paper")["candidates"] == 1
+    assert {config.read_preset(name)["candidates"] for name in ("nano", "nano_base", "nano_frozen", "smoke")} == {2}
+    one, two = (_stage(chain, tmp_path, candidates=count).crops for count in ("1", "2"))
+    detail = [torch.stack([crops.image(n).diff(dim=1).abs().mean() for n in range(8)]).mean() for crops in (one, two)]
+    assert detail[1] > detail[0]
+    assert one.identity != two.identity
+
+
+def test_a_run_is_not_continued_on_another_base(chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    command = ["--preset=nano", f"--data={chain}/photographs", "--threads=1", "--crop=64", "--batch=2", "--crops=0"]
+    command += ["--validate_every=0", f"--out={tmp_path}/run"]
+    assert train.main([*command, f"--base={chain}/base", "--steps=1"]) == 0
+    other = BaseModel.load(chain / "base")
+    other.unet.conv_in.weight.data += 0.01
+    other.save(tmp_path / "other")
+    assert train.main([*command, f"--base={tmp_path}/other", "--steps=2"]) == 1
+    assert "a run on another base model" in caplog.text
+    assert train.main([*command, f"--base={chain}/base", "--steps=2"]) == 0
+
+
+def test_an_unfinished_autoencoder_is_no_start_for_a_decoder_alone(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its snapshots hold latents of another size than its result: only the result is what the base was trained on."""
+    settings = ["--preset=nano_autoencoder", "--widths=32,32,32,32", "--freeze_encoder=true", "--threads=1"]
+    command = [*settings, f"--data={chain}/photographs", "--crop=64", "--batch=2", "--steps=1", "--validate_every=0"]
+    assert train.main([*command, f"--init={chain}/autoencoder", f"--out={tmp_path}/run"]) == 1
+    assert f"--init={chain / 'autoencoder' / 'vae'}" in caplog.text
+    assert train.main([*command, f"--init={chain}/autoencoder/vae", f"--out={tmp_path}/run"]) == 0
+    theirs, ours = (
+        models.AutoencoderKL.from_pretrained(folder / "vae").state_dict()
+        for folder in (chain / "autoencoder", tmp_path / "run")
+    )
+    still = [name for name in theirs if name.startswith(("encoder.", "quant_conv."))]
+    assert still
+    for name in still:
+        assert torch.equal(theirs[name], ours[name]), name
+
+
+@pytest.mark.parametrize(("preset", "measure"), [("nano_autoencoder", "ssim"), ("nano_base", "psnr")])
+def test_the_best_by_what_a_stage_does_not_measure_is_refused(
+    chain: Path, tmp_path: Path, preset: str, measure: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [f"--preset={preset}", f"--data={chain}/photographs", f"--vae={chain}/autoencoder/vae"]
+    command = command[: 3 if preset == "nano_base" else 2]
+    assert train.main([*command, f"--best={measure}", "--validate_every=1", f"--out={tmp_path}"]) == 1
+    assert f"--best={measure}" in caplog.text
+    assert "this stage" in caplog.text

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from training import contact_sheet, layouts, prepare, shards
+from training import contact_sheet, latents, layouts, prepare, shards
 from training.batches import Ahead
 from training.pairs import degrade_pairs
 from training.photographs import ChunkedOrder, Photographs, header_size, read_rgb
@@ -438,3 +438,32 @@ def test_contact_sheet_shows_both_paths_and_their_difference(folder: Path, tmp_p
     np.testing.assert_array_equal(shown[:, :64], sheets["cpu"][gap : gap + 32, gap : gap + 64])
     np.testing.assert_array_equal(shown[:, 32:64], shown[:, 64:96])
     assert set(shown[:, 96:].flatten()) == {128}  # no difference is middle grey
+
+
+def test_the_chunked_order_of_other_chunks_is_another_set_of_crops(folder: Path, tmp_path: Path) -> None:
+    """A folder and its shards have the same pictures, but crop n is cut from another one: no cache holds for both."""
+    small_shards(folder, tmp_path / "shards")
+    area = [Photographs(data, 32).identity for data in (folder, tmp_path / "shards")]
+    chunked = [Photographs(data, 32, order="chunked") for data in (folder, tmp_path / "shards")]
+    assert area[0] == area[1]
+    assert chunked[0].listing == chunked[1].listing
+    assert not torch.equal(*map(first_crops, chunked))
+    assert chunked[0].identity != chunked[1].identity
+    assert area[0] not in [photographs.identity for photographs in chunked]
+
+
+def test_an_outdated_cache_is_not_even_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows a file that is mapped cannot be replaced, and hours of encoding would end in an error."""
+
+    def encode(numbers: Tensor) -> dict[str, Tensor]:
+        return {"latents": numbers.float()[:, None]}
+
+    cache = tmp_path / "cache.safetensors"
+    latents.encoded_once(cache, "old", 3, encode, "encoding")
+    loaded: list[Path] = []
+    real = latents.load_file
+    monkeypatch.setattr(latents, "load_file", lambda path: loaded.append(path) or real(path))
+    assert latents.encoded_once(cache, "new", 2, encode, "encoding")["latents"].tolist() == [[0.0], [1.0]]
+    assert loaded == []
+    assert latents.encoded_once(cache, "new", 2, encode, "encoding").keys() == {"latents"}
+    assert loaded == [cache]

@@ -140,3 +140,11 @@ def test_the_decoder_sees_the_disturbed_latent(chain: Path) -> None:
     stages = [_stage(chain, latent_noise=noise) for noise in ("0", "3")]
     figures = [stage.module(stage.make(0))[1] for stage in stages]
     assert figures[0]["l1"] != figures[1]["l1"]
+
+
+def test_the_norm_is_taken_in_float32_under_autocast() -> None:
+    weight = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = spectral_norm(weight)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, spectral_norm(weight))

@@ -196,3 +196,15 @@ def test_an_exported_run_restores_pictures(chain: Path, tmp_path: Path) -> None:
     Image.new("RGB", (16, 16), (200, 40, 90)).save(tmp_path / "lr" / "a.png")
     assert restore.main([f"--checkpoint={out}", f"--lr={tmp_path}/lr", f"--out={tmp_path}/sr", "--steps=1"]) == 0
     assert Image.open(tmp_path / "sr" / "a.png").size == (64, 64)
+
+
+def test_a_run_that_goes_on_is_exported_up_to_the_half_line_of_its_log(chain: Path, tmp_path: Path) -> None:
+    shutil.copytree(chain / "nano", tmp_path / "nano")
+    log = tmp_path / "nano" / "stats.jsonl"
+    rows = log.read_text(encoding="utf-8")
+    assert rows.endswith("}\n")
+    for cut in ('{"step": 2, "rate": 1.0, "lo', '{"step": 2, "validation": {"psnr": 20.0}'):
+        log.write_text(rows + cut, encoding="utf-8")
+        out = tmp_path / "out.safetensors"
+        assert export.main([f"--run={tmp_path}/nano", f"--out={out}", f"--base={chain}/base"]) == 0
+        assert "mean loss of the last steps" in checkpoint.read(out).training["metrics"]

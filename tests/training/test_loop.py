@@ -9,6 +9,8 @@ import random
 import sys
 import time
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -246,3 +248,77 @@ def test_eight_bit_moments_are_stored_and_resumed(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         loop.run(Toy(), settings(tmp_path / "none", optimizer="adamw8bit"), {})
+
+
+def test_a_run_on_other_pictures_or_models_is_not_continued(tmp_path: Path) -> None:
+    class Elsewhere(Toy):
+        @property
+        def given(self) -> dict[str, str]:
+            return {"set of numbers": "others"}
+
+    loop.run(Toy(), settings(tmp_path, steps=8), {})
+    with pytest.raises(snapshot.SnapshotError, match="a run on another set of numbers"):
+        loop.run(Elsewhere(), settings(tmp_path, steps=10), {})
+    assert loop.run(Toy(), settings(tmp_path, steps=10), {})
+
+
+def test_a_snapshot_that_lacks_a_weight_is_refused_in_words(tmp_path: Path) -> None:
+    loop.run(Toy(), settings(tmp_path, steps=7), {})
+    path = snapshot.latest(tmp_path)
+    assert path is not None
+    state = snapshot.read(path)
+    name = next(name for name in state.tensors if name.startswith("model."))
+    for damaged in (None, torch.zeros(3, 3, 3)):
+        tensors = {key: value for key, value in state.tensors.items() if key != name}
+        if damaged is not None:
+            tensors[name] = damaged
+        snapshot.write(tmp_path, snapshot.TrainingState(7, tensors, state.settings, state.given))
+        with pytest.raises(snapshot.SnapshotError, match="is of another model"):
+            loop.run(Toy(), settings(tmp_path, steps=9), {})
+
+
+def test_validation_gathers_the_averaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sharded weights a copy is gathered: averages that come into the parts afterwards are not in it."""
+    seen: list[bool] = []
+    inside = [False]
+
+    @contextmanager
+    def swapped(*_: object) -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    @contextmanager
+    def gathered(_: object) -> Iterator[None]:
+        seen.append(inside[0])
+        yield
+
+    monkeypatch.setattr(loop, "_swapped", swapped)
+    monkeypatch.setattr(loop.parallel, "gathered", gathered)
+    loop.run(Toy(), settings(tmp_path, steps=4, validate_every=2), {})
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"snapshot_every": 0}, "--snapshot_every=0"),
+        ({"batch": 0}, "--batch=0"),
+        ({"accumulation": 0}, "--accumulation=0"),
+        ({"keep": 0}, "--keep=0"),
+        ({"steps": -1}, "--steps=-1"),
+        ({"best": "ssim"}, "--validate_every"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_at_once(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        settings(tmp_path, **changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finds no such device"):
+        loop.run(Toy(), settings(tmp_path, device="cuda"), {})
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        loop.run(Toy(), settings(tmp_path, device="cuda:1"), {})
+    assert loop.run(Toy(), settings(tmp_path), {})  # nothing is left behind

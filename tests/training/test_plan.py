@@ -140,3 +140,11 @@ def test_measuring_finds_only_the_declared_parameters_moving() -> None:
     assert len(found.moved) > 500
     assert found.peak > found.start > 0
     assert len(found.seconds) == 3
+
+
+def test_a_base_on_the_autoencoder_of_a_file_can_be_planned(chain: Path, tmp_path: Path) -> None:
+    file = chain / "nano" / "clearsr.safetensors"
+    command = [f"--data={chain}/photographs", "--preset=nano_base", "--crop=64", "--batch=2", "--crops=2"]
+    assert plan.main([*command, f"--vae={file}"]) == 0
+    assert plan.main([*command, f"--vae={chain}/autoencoder/vae"]) == 0
+    assert plan.main([*command, f"--vae={tmp_path}"]) == 1

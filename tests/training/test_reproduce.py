@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,13 +222,6 @@ def test_a_split_takes_its_own_pictures_only(tmp_path: Path) -> None:
         work.choose(*folders, results.HELD_OUT)
 
 
-def test_work_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
-    work.claim(tmp_path, {"steps": 7, "alphas": (0.0, 1.0)})
-    work.claim(tmp_path, {"steps": 7, "alphas": (0.0, 1.0)})
-    with pytest.raises(EvaluationError, match="another steps"):
-        work.claim(tmp_path, {"steps": 8, "alphas": (0.0, 1.0)})
-
-
 def command(chain: Path, pairs: Path, out: Path, *more: str) -> list[str]:
     folders = [f"--hr={pairs}/hr", f"--lr={pairs}/lr", f"--work={out}", f"--data={chain}/photographs"]
     file = f"--checkpoint={chain}/nano/clearsr.safetensors"
@@ -300,3 +294,20 @@ def test_the_whole_chain_stops_goes_on_and_repeats_nothing(
     assert str(tmp_path) not in text + json.dumps(stored.made.settings)
     for name in ("table1", "table2", "table4", "fig4", "fig5", "fig7", "fig8", "open_sampler"):
         assert Image.open(tmp_path / "docs" / document.PLOTS / f"{name}.png").size > (300, 200)
+
+
+def test_trainings_of_other_photographs_or_presets_are_not_taken_for_these(
+    chain: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = command(chain, pairs, tmp_path / "work", "--run=fig8", "--seeds=0")
+    assert reproduce.main(arguments) == 0
+    more = tmp_path / "more"
+    shutil.copytree(chain / "photographs", more)
+    shutil.copy(more / "0.png", more / "2.png")
+    others = [argument for argument in arguments if not argument.startswith("--data=")]
+    assert reproduce.main([*others, f"--data={more}"]) == 1
+    assert "another photographs" in caplog.text
+    real = config.read_preset
+    monkeypatch.setattr(config, "read_preset", lambda name: {**real(name), "learning_rate": 0.5})
+    assert reproduce.main(arguments) == 1
+    assert "another learning_rate" in caplog.text

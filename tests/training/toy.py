@@ -41,6 +41,10 @@ class Toy:
         self.fail_at, self.stop_at, self.pause = fail_at, stop_at, pause
         self.finished = False
 
+    @property
+    def given(self) -> dict[str, str]:
+        return {"set of numbers": "random"}
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.module.network.named_parameters())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .. import config, inspection, restore, train
+from .. import config, inspection, provenance, restore, train
 from ..clearsr_model import ClearSRModel
 from ..tables import REFERENCE, Results
 from . import experiments, results, work
@@ -53,23 +53,20 @@ def trained(here: Work, way: str, variant: str, seed: int, progress: work.Progre
         raise config.ConfigError(f"training.toml has no variant {variant!r}: {', '.join(budget.variants)}.")
     folder = here.folder / "trained" / way / f"{variant}_seed{seed}"
     file = folder / "clearsr.safetensors"
-    identity = {**budget.settings, **budget.variants[variant], "seed": seed, "base": here.sha256}
+    stage, table = resolved(budget.settings)
+    table = {**table, **budget.variants[variant], "seed": seed}
     progress.begin(f"training {variant}, seed {seed}")
     repeated = file.is_file()
-    work.claim(folder, identity)
+    provenance.claim(folder, {**table, "base": here.sha256, "photographs": here.photographs})
     if not repeated:
-        table = config.read_preset(str(budget.settings["extends"]))
-        settings_kind, stage_kind = train.stage_of(str(table.pop("stage")))
+        settings_kind, stage_kind = train.stage_of(stage)
         settings = config.build(
             settings_kind,
             table,
-            {key: value for key, value in budget.settings.items() if key != "extends"},
-            budget.variants[variant],
             {
                 "data": here.data,
                 "base": here.checkpoint,
                 "out": folder,
-                "seed": seed,
                 "cache": here.folder / "trained" / way / f"latents_seed{seed}.safetensors",
                 "pair_cache": here.folder / "trained" / way / f"pairs_seed{seed}.safetensors",
             },
@@ -80,13 +77,16 @@ def trained(here: Work, way: str, variant: str, seed: int, progress: work.Progre
     return file
 
 
+def resolved(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the stage of a way to train, and all of its settings: those of the preset that it extends, and its own."""
+    table = config.read_preset(str(settings["extends"]))
+    stage = str(table.pop("stage"))
+    return stage, {**table, **{key: value for key, value in settings.items() if key != "extends"}}
+
+
 def restored(here: Work, run: AblationRun, variant: str, seed: int, file: Path) -> Path:
     """Upscale the split's pictures with a trained variant; return their folder."""
     folder = here.here / "restored" / run.training / f"{variant}_seed{seed}"
-    sampling = {
-        key: getattr(run, key) for key in ("steps", "denoise", "accumulate", "color_fix", "alpha", "beta", "seed")
-    }
-    work.claim(folder, {**sampling, "checkpoint": results.sha256(file)})
     restore.run(
         config.build(
             restore.RestoreSettings,
@@ -111,7 +111,7 @@ def restored(here: Work, run: AblationRun, variant: str, seed: int, file: Path) 
 def divergences(here: Work, run: AblationRun, variant: str, seed: int, file: Path) -> dict[str, float]:
     """Return picture -> D_kl of the whole control of a trained variant."""
     kept = here.here / "d_kl" / run.training / f"{variant}_seed{seed}.json"
-    made = {"checkpoint": results.sha256(file), "timestep": run.timestep}
+    made = {"checkpoint": provenance.sha256(file), "timestep": run.timestep}
     table = work.read_json(kept)
     if {key: table.get(key) for key in made} != made:
         table = {**made, "values": {}}
@@ -123,7 +123,7 @@ def divergences(here: Work, run: AblationRun, variant: str, seed: int, file: Pat
             findings = inspection.Findings()
             inspection.inspect_picture(pair.name, {inspection.OURS: model}, pair.lr, settings, findings, sheet=False)
             table["values"][pair.name] = statistics.fmean(findings.divergences[-1][3])  # the last part is the whole
-            work.write_json(kept, table)
+            provenance.write_json(kept, table)
     return {pair.name: table["values"][pair.name] for pair in here.pairs}
 
 
@@ -163,8 +163,14 @@ def _over_seeds(
     Seeds that the stored result holds, made with the same settings of the same pictures, are taken from there: a
     result grows over several machines, and no seed of it is lost.
     """
-    budget = experiments.training(run.training, here.budget).settings
-    described = {"training_settings": budget, "efflite": here.efflite, **experiment.settings(here.budget)}
+    budget = experiments.training(run.training, here.budget)
+    described = {
+        "training_settings": resolved(budget.settings)[1],
+        "variants_settings": {variant: budget.variants[variant] for variant in run.variants},
+        "photographs": here.photographs,
+        "efflite": here.efflite,
+        **experiment.settings(here.budget),
+    }
     settings = json.loads(json.dumps(described))
 
     def kept() -> dict[int, Results]:

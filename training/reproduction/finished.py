@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import calibrate, config, evaluate, inspection, sweep
+from .. import calibrate, config, evaluate, inspection, provenance, sweep
 from ..baselines import upscaler
 from ..clearsr_model import ClearSRModel
 from ..photographs import write_png
@@ -124,7 +124,7 @@ def steps(experiment: Experiment, here: Work) -> results.Stored:
         here.checkpoint, here.lr, here.here, here.hr, every=run.every, steps=run.steps, seed=run.seed
     )
     folder = here.here / "steps"
-    work.claim(folder, {**experiment.settings(here.budget), "checkpoint": here.sha256})
+    provenance.claim(folder, {**experiment.settings(here.budget), "checkpoint": here.sha256})
     model = None
     found: Results = {REFERENCE: work.measured_reference(here)}
     progress = work.Progress(len(here.pairs))
@@ -134,7 +134,9 @@ def steps(experiment: Experiment, here: Work) -> results.Stored:
         repeated = kept.is_file()
         if not repeated:
             model = model or ClearSRModel.from_checkpoint(here.checkpoint)
-            work.write_json(kept, calibrate.measure_picture(model, pair.lr, evaluate.read_picture(pair.hr), settings))
+            provenance.write_json(
+                kept, calibrate.measure_picture(model, pair.lr, evaluate.read_picture(pair.hr), settings)
+            )
         for key, curve in work.read_json(kept).items():
             for step, value in curve.items():
                 found.setdefault(step_name(int(step)), {}).setdefault(key, {})[pair.name] = float(value)
@@ -176,7 +178,7 @@ def spectra(experiment: Experiment, here: Work) -> results.Stored:
         here.checkpoint, here.lr, here.here, timestep=run.timestep, seed=run.seed, sheets=0
     )
     folder = here.here / "spectra"
-    work.claim(folder, {**experiment.settings(here.budget), "checkpoint": here.sha256})
+    provenance.claim(folder, {**experiment.settings(here.budget), "checkpoint": here.sha256})
     model = None
     found: Results = {}
     rings: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
@@ -184,7 +186,7 @@ def spectra(experiment: Experiment, here: Work) -> results.Stored:
         kept = folder / f"{pair.name}.json"
         if not kept.is_file():
             model = model or ClearSRModel.from_checkpoint(here.checkpoint)
-            work.write_json(kept, _look_into(model, pair.name, pair.lr, settings))
+            provenance.write_json(kept, _look_into(model, pair.name, pair.lr, settings))
         table = work.read_json(kept)
         for method, values in table["values"].items():
             for key, value in values.items():

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import logging
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ import tomllib
 import torch
 
 from .. import model_card
+from ..provenance import replacing, sha256
 from ..tables import EvaluationError, Results
 
 log = logging.getLogger("clearsr.training")
@@ -66,11 +63,6 @@ class Stored:
         return [{name: ours[name] - other[name] for name in ours if name in other} for ours, other in tables]
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def made_with(checkpoint: Path, settings: dict[str, Any], budget: str) -> Made:
     """Describe a run that ends now."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
@@ -94,14 +86,6 @@ def _shortened(value: Any) -> Any:  # noqa: ANN401 - a tree of what JSON holds
     if isinstance(value, float):
         return round(value, DIGITS) if math.isfinite(value) else None
     return value
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write that takes the place of `path` at the end: whole, and also where two processes write it."""
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    yield unfinished
-    os.replace(unfinished, path)
 
 
 def path_of(folder: Path, experiment: str, split: str) -> Path:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from clearsr_core.lsa import LSAConfig
 from clearsr_core.schedule import Spacing
 
-from .. import config, models
+from .. import config, models, provenance
 from ..clearsr_model import ClearSRModel
 from ..photographs import read_pixels, to_bytes, write_png
 from ..pipeline import ColorFix, Target, bound_eps, encode_lr, noise_sources, pad_to_grid, sample, to_pixels
@@ -89,7 +89,7 @@ def sampling(experiment: Experiment, here: Work) -> results.Stored:
     for name, way in named.items():
         progress.begin(f"{experiment.name}, {name}")
         folder = here.here / "ways" / experiment.name / name
-        work.claim(folder, {**asdict(way), "checkpoint": here.sha256})
+        provenance.claim(folder, {**asdict(way), "checkpoint": here.sha256})
         missing = [pair for pair in here.pairs if not _picture(folder, pair.name).is_file()]
         for pair in tqdm(missing, unit="picture", desc=name, leave=False):
             model = model or ClearSRModel.from_checkpoint(here.checkpoint)

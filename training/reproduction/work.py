@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -12,8 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .. import evaluate
+from .. import evaluate, provenance
 from ..evaluate import Pair
+from ..photographs import Photographs
+from ..provenance import replacing, sha256, write_json
 from ..tables import REFERENCE, EvaluationError
 from . import results
 from .experiments import Budget
@@ -21,7 +24,6 @@ from .experiments import Budget
 log = logging.getLogger("clearsr.training")
 
 TUNED_ON = 20  # the first pictures by name; all others are for the last table only
-_STAMP = "made_with.json"
 
 
 @dataclass
@@ -40,7 +42,12 @@ class Work:
     sha256: str = field(init=False)  # of the checkpoint
 
     def __post_init__(self) -> None:
-        self.sha256 = results.sha256(self.checkpoint)
+        self.sha256 = sha256(self.checkpoint)
+
+    @functools.cached_property
+    def photographs(self) -> str:
+        """Return a digest of the pictures to train on: their names and sizes."""
+        return provenance.digest(Photographs(self.data, smallest=1, memory_gb=0.0).listing)
 
     @property
     def here(self) -> Path:
@@ -91,35 +98,12 @@ def gather(work: Work) -> None:
         for source, copy in ((pair.hr, target.hr), (pair.lr, target.lr)):
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.is_file():
-                with results.replacing(copy) as unfinished:
+                with replacing(copy) as unfinished:
                     shutil.copyfile(source, unfinished)
             elif copy.read_bytes() != source.read_bytes():
                 raise EvaluationError(f"{copy} is another picture than {source}. Give another --work.")
         copied.append(target)
     work.pairs = copied
-
-
-def claim(folder: Path, made_with: dict[str, Any]) -> None:
-    """Note in `folder` what its content is made with; refuse to go on with what was made otherwise.
-
-    Raises:
-        EvaluationError: it was; the message names what differs.
-    """
-    made_with = json.loads(json.dumps(made_with))
-    path = folder / _STAMP
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in made_with.keys() | before.keys() if made_with.get(key) != before.get(key))
-        if changed:
-            raise EvaluationError(f"{folder} was made with another {', '.join(changed)}. Give another --work.")
-    write_json(path, made_with)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON so that a stop leaves the file before it or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with results.replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,7 +126,7 @@ def measured(work: Work, method: str, folder: Path | None, kept: Path) -> dict[s
     found: dict[str, dict[str, float]] = {}
     for pair in tqdm(work.pairs, unit="picture", desc=f"measuring {method}", leave=False):
         path = pair.hr if folder is None else folder / f"{pair.name}.png"
-        source = results.sha256(path)
+        source = sha256(path)
         entry = table.get(pair.name, {})
         if entry.get("picture") != source or entry.get("efflite") != work.efflite:
             image = evaluate.read_picture(path)

@@ -1,0 +1,77 @@
+"""What was made with other settings is refused, in words, and never mixed with what is made now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training import make_pairs, provenance, restore
+
+
+def test_the_same_settings_go_on_and_others_are_named(tmp_path: Path) -> None:
+    provenance.claim(tmp_path, {"steps": 7, "alphas": (0.0, 1.0)})
+    provenance.claim(tmp_path, {"steps": 7, "alphas": (0.0, 1.0)})
+    with pytest.raises(provenance.OtherSettingsError, match="another alphas, steps"):
+        provenance.claim(tmp_path, {"steps": 8, "alphas": (0.0, 2.0)})
+    with pytest.raises(provenance.OtherSettingsError, match="another seed"):
+        provenance.claim(tmp_path, {"steps": 7, "alphas": (0.0, 1.0), "seed": 1})
+    provenance.claim(tmp_path, {"steps": 7, "alphas": (0.0, 1.0)})
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", ""])
+def test_a_damaged_note_is_refused_in_words(tmp_path: Path, damage: str) -> None:
+    (tmp_path / provenance.NAME).write_text(damage)
+    with pytest.raises(provenance.OtherSettingsError, match="cannot be read: give another folder"):
+        provenance.claim(tmp_path, {"steps": 7})
+
+
+def small_pictures(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for index, name in enumerate(names):
+        pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def test_results_of_other_settings_or_of_another_file_are_not_kept_as_these(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = chain / "nano" / "clearsr.safetensors"
+    command = [f"--lr={small_pictures(tmp_path / 'lr', 'a.png', 'b.png')}", f"--out={tmp_path}/sr", "--threads=1"]
+    first = [*command, f"--checkpoint={file}", "--steps=1"]
+    assert restore.main([*first, "--limit=1"]) == 0
+    written = (tmp_path / "sr" / "a.png").stat().st_mtime_ns
+    assert restore.main(first) == 0  # more pictures are no other settings
+    assert (tmp_path / "sr" / "b.png").is_file()
+    assert restore.main([*first, "--ela_strength=0.5"]) == 1
+    assert "another ela_strength" in caplog.text
+    (tmp_path / "other.safetensors").write_bytes(file.read_bytes() + b" ")
+    assert restore.main([*command, "--steps=1", f"--checkpoint={tmp_path}/other.safetensors"]) == 1
+    assert "another checkpoint" in caplog.text
+    assert (tmp_path / "sr" / "a.png").stat().st_mtime_ns == written
+
+
+def test_pictures_that_cannot_be_told_apart_or_read_are_named(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [f"--checkpoint={chain}/nano/clearsr.safetensors", f"--out={tmp_path}/sr", "--steps=1", "--threads=1"]
+    assert restore.main([*command, f"--lr={tmp_path}/missing"]) == 1
+    assert "missing is not a folder" in caplog.text
+    assert restore.main([*command, f"--lr={small_pictures(tmp_path / 'twice', 'a.png', 'a.jpg')}"]) == 1
+    assert "are called a. Rename all but one." in caplog.text
+    broken = small_pictures(tmp_path / "broken", "a.png") / "a.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert restore.main([*command, f"--lr={broken.parent}"]) == 1
+    assert f"{broken} cannot be read" in caplog.text
+
+
+def test_pairs_of_another_degradation_are_not_mixed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "photographs").mkdir()
+    Image.effect_noise((200, 200), 60).convert("RGB").save(tmp_path / "photographs" / "a.png")
+    command = [f"--data={tmp_path}/photographs", f"--out={tmp_path}/pairs"]
+    assert make_pairs.main([*command, "--degradation=light"]) == 0
+    assert make_pairs.main([*command, "--degradation=paper"]) == 1
+    assert "another degradation" in caplog.text

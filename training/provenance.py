@@ -1,0 +1,68 @@
+"""Folders say what their content was made with, so that results of two settings are never taken for one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAME = "made_with.json"
+
+
+class OtherSettingsError(ValueError):
+    """A folder holds what was made with other settings; the message says which differ, and what to do."""
+
+
+def claim(folder: Path, made_with: dict[str, Any]) -> None:
+    """Note in `folder` what its content is made with; refuse to go on with what was made otherwise.
+
+    Args:
+        folder: made where there is none.
+        made_with: everything that decides the content, as JSON can hold it.
+
+    Raises:
+        OtherSettingsError: the folder's note differs, or cannot be read.
+    """
+    made_with = json.loads(json.dumps(made_with))
+    path = folder / NAME
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(key for key in made_with.keys() | before.keys() if made_with.get(key) != before.get(key))
+        except (ValueError, AttributeError) as error:
+            raise OtherSettingsError(f"{path} cannot be read: give another folder, or delete this one.") from error
+        if changed:
+            raise OtherSettingsError(
+                f"{folder} holds what was made with another {', '.join(changed)}: give another folder, or delete it."
+            )
+    write_json(path, made_with, indent=2)
+
+
+def write_json(path: Path, content: object, indent: int | None = None) -> None:
+    """Write JSON so that a stop leaves the file before it or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write that takes the place of `path` at the end: whole, and also where two processes write it."""
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    yield unfinished
+    os.replace(unfinished, path)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: object) -> str:
+    """Return the SHA-256 of what JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
