@@ -14,6 +14,11 @@ _WIDTHS = (32, 64, 128, 256)
 _GROUPS = 8
 
 
+def thumbnail(image: Tensor) -> Tensor:
+    """Shrink (B, C, H, W) to the (B, C, 64, 64) that the encoder sees of it; what is so small stays as it is."""
+    return F.interpolate(image, size=(IMAGE_SIDE, IMAGE_SIDE), mode="area")
+
+
 class ImagePromptEncoder(nn.Module):
     """Four convolutions of stride 2 on a thumbnail, projected to one token (averaged) or to one per patch."""
 
@@ -45,7 +50,7 @@ class ImagePromptEncoder(nn.Module):
         """
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"image {tuple(image.shape)} must be (B, 3, H, W)")
-        x = F.interpolate(image, size=(IMAGE_SIDE, IMAGE_SIDE), mode="area") * 2.0 - 1.0
+        x = thumbnail(image) * 2.0 - 1.0
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.silu(norm(conv(x)))  # (B, C, 32, 32) down to (B, 256, 4, 4)
         tokens = x.flatten(2).transpose(1, 2)  # (B, 16, 256)

@@ -15,8 +15,8 @@ from ..clearsr_core.clip_features import projected_tokens
 from .compat import HostObject, notice, schema, widget
 from .control_hooks import ControlSettings, attach_control
 from .finite import VAE_HELP, broken
-from .model_checks import check_model, other_base
-from .sockets import KEY, ClearSRSocket
+from .model_checks import base_fingerprint, check_model, other_base
+from .sockets import KEY, ClearSRSocket, LREntry, encoded_rows
 from .tiled_diffusion import AUTOMATIC_SIDE, NODE, PIXELS, TilingSettings
 
 if TYPE_CHECKING:
@@ -24,25 +24,28 @@ if TYPE_CHECKING:
 
     from .sockets import ClearSRBundle
 
-_SKIPS_PER_LEVEL = 3
 
-
-def parse_level_weights(text: str, skips: int = 12) -> tuple[float, ...]:
+def parse_level_weights(text: str, levels: int = 4, layers_per_block: int = 2) -> tuple[float, ...]:
     """Read the advanced widget: nothing, one number per level and one for the middle, or one per residual.
 
+    Args:
+        text: of the widget.
+        levels, layers_per_block: of the UNet's encoder. A level has a skip for each ResBlock and for what enters it.
+
     Returns:
-        skips + 1 numbers: the skips from fine to coarse, then the middle.
+        levels (layers_per_block + 1) + 1 numbers: the skips from fine to coarse, then the middle.
     """
+    per_level = layers_per_block + 1
+    skips = levels * per_level
     parts = text.replace(",", " ").split()
     try:
         numbers = [float(part) for part in parts]
     except ValueError:
         numbers = None
-    levels = skips // _SKIPS_PER_LEVEL
     if numbers == []:
         return (1.0,) * (skips + 1)
     if numbers is not None and len(numbers) == levels + 1:
-        numbers = [number for number in numbers[:-1] for _ in range(_SKIPS_PER_LEVEL)] + numbers[-1:]
+        numbers = [number for number in numbers[:-1] for _ in range(per_level)] + numbers[-1:]
     if numbers is None or len(numbers) != skips + 1 or not all(abs(number) < float("inf") for number in numbers):
         raise ValueError(
             f"{NODE}: level_weights is '{text}'. Leave it empty, or write {levels + 1} numbers (the levels from fine "
@@ -51,9 +54,7 @@ def parse_level_weights(text: str, skips: int = 12) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def decoder_prompt(
-    bundle: ClearSRBundle, clip_vision: HostObject, entry: dict | None
-) -> tuple[Tensor | None, str | None]:
+def decoder_prompt(bundle: ClearSRBundle, clip_vision: HostObject, lr_latent: dict) -> tuple[Tensor | None, str | None]:
     """Choose the image prompt p (decision 0005).
 
     Returns:
@@ -63,9 +64,10 @@ def decoder_prompt(
     if mode == "null":
         return None, None
     if clip_vision is None:
-        own = (entry or {}).get("image_prompt")
-        if own is not None:
-            return own, None
+        entry: LREntry | None = lr_latent.get(KEY)
+        if entry is not None and entry["image_prompt"] is not None:
+            rows = encoded_rows(entry, lr_latent["samples"])
+            return entry["image_prompt"] if rows is None else entry["image_prompt"][rows], None
         return None, (
             f"{NODE}: no CLIP_VISION_OUTPUT is connected, so the decoder reads the empty prompt instead of the "
             f"picture. '{bundle.name}' was trained with CLIP ViT-H/14 image features."
@@ -106,6 +108,27 @@ def tiling_settings(
             f"further. Set tile_overlap to {max(unit, tile // 2 // unit * unit)} or less."
         )
     return TilingSettings(size // PIXELS, overlap // PIXELS, max(1, tiles_per_batch), say)
+
+
+def check_same_loader(model: ModelPatcher, bundle: ClearSRBundle, say: Callable[[str], None]) -> None:
+    """Compare the MODEL with the one that ClearSR Loader made beside `bundle`: two loaders can be mixed up.
+
+    Raises:
+        ValueError: it is another one, and the file carries its own.
+    """
+    attachment = model.get_attachment(KEY) or {}
+    found = attachment["base"] if "base" in attachment else base_fingerprint(model, bundle.config)
+    contained = bundle.config.base is not None
+    # A MODEL that comes past the loader was not compared with the file yet, one that comes from it was.
+    wanted = bundle.base if contained or attachment else bundle.config.base_fingerprint
+    difference = other_base(NODE, found, wanted, bundle.name)
+    if difference is not None and contained:
+        raise ValueError(
+            f"{NODE}: the connected MODEL is another one than '{bundle.name}' carries. Use the MODEL output of the "
+            "ClearSR Loader that loads this file."
+        )
+    if difference is not None:
+        say(difference)
 
 
 class ClearSRControlApply(io.ComfyNode):
@@ -244,10 +267,7 @@ class ClearSRControlApply(io.ComfyNode):
         tiles_per_batch: int = 1,
     ) -> io.NodeOutput:
         check_model(NODE, model, clearsr.config, clearsr.name)
-        if model.get_attachment(KEY) is None:  # else it comes from ClearSR Loader, which has compared it
-            difference = other_base(NODE, model, clearsr.config, clearsr.name)
-            if difference is not None:
-                notice(cls, difference)
+        check_same_loader(model, clearsr, functools.partial(notice, cls))
         samples = lr_latent["samples"]
         if samples.ndim != 4 or samples.shape[1] != clearsr.config.control.latent_channels:
             raise ValueError(
@@ -264,7 +284,7 @@ class ClearSRControlApply(io.ComfyNode):
                 f"{NODE}: start_percent {start_percent} lies after end_percent {end_percent}; the control would never "
                 "act."
             )
-        prompt, fallback = decoder_prompt(clearsr, clip_vision_output, lr_latent.get(KEY))
+        prompt, fallback = decoder_prompt(clearsr, clip_vision_output, lr_latent)
         if fallback is not None:
             notice(cls, fallback)
         if broken(prompt):
@@ -274,8 +294,9 @@ class ClearSRControlApply(io.ComfyNode):
             )
         if prompt is not None and prompt.shape[0] not in (1, samples.shape[0]):
             raise ValueError(
-                f"{NODE}: the image prompt was made from {prompt.shape[0]} pictures, x_lr from {samples.shape[0]}. "
-                "Make both from the same IMAGE."
+                f"{NODE}: the image prompt was made from {prompt.shape[0]} pictures, but lr_latent holds "
+                f"{samples.shape[0]}. Choose and repeat pictures as IMAGE, before LR Latent Encode and CLIP Vision "
+                "Encode."
             )
         settings = ControlSettings(
             dpm_strength,
@@ -283,10 +304,11 @@ class ClearSRControlApply(io.ComfyNode):
             start_percent,
             end_percent,
             control_every,
-            parse_level_weights(level_weights),
+            parse_level_weights(level_weights, clearsr.config.control.levels, clearsr.config.control.layers_per_block),
             tiling_settings(tile_size, tile_overlap, tiles_per_batch, functools.partial(notice, cls)),
         )
         controlled = attach_control(model, clearsr, samples, prompt, settings)
         # The samplers below find the empty prompt here, whatever happened to the MODEL in between.
-        controlled.set_attachments(KEY, {"null_text": clearsr.null_text})
+        attachment = {"null_text": clearsr.null_text, "base": clearsr.base, "control_every": control_every}
+        controlled.set_attachments(KEY, attachment)
         return io.NodeOutput(controlled)

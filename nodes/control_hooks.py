@@ -50,7 +50,7 @@ class ControlSettings:
     start_percent: float = 0.0
     end_percent: float = 1.0
     every: int = 1  # compute the control at every n-th step only
-    level_weights: tuple[float, ...] = (1.0,) * 13  # 12 skips from fine to coarse, then the middle
+    level_weights: tuple[float, ...] = (1.0,) * 13  # the skips from fine to coarse (12 in SD 2.1), then the middle
     tiling: TilingSettings = field(default_factory=TilingSettings)
 
     def alone(self, net: ClearSRControl) -> dict[str, tuple[float, float]]:

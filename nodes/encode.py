@@ -10,6 +10,7 @@ import comfy.model_management
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..clearsr_core.image_encoder import thumbnail
 from . import pictures
 from .compat import notice, out_of_memory, schema, widget
 from .finite import broken, encoder_error
@@ -60,7 +61,8 @@ def image_prompt(bundle: ClearSRBundle, image: Tensor) -> Tensor | None:
         return None
     patcher = bundle.image_encoder
     comfy.model_management.load_models_gpu([patcher])
-    return patcher.model(image.movedim(-1, 1).to(patcher.load_device)).float().cpu()
+    # Shrunk before it goes to the card: a batch of large pictures has no place there.
+    return patcher.model(thumbnail(image.movedim(-1, 1)).to(patcher.load_device)).float().cpu()
 
 
 class ClearSRLREncode(io.ComfyNode):
@@ -162,6 +164,7 @@ class ClearSRLREncode(io.ComfyNode):
         samples = encode(clearsr.lr_encoder, padded, tile_size, say)
         plain_anchor = clearsr.config.anchor == "plain"
         entry: LREntry = {
+            "encoded": samples,
             "image_prompt": image_prompt(clearsr, enlarged),
             "anchor": encode(clearsr.vae, padded, tile_size, say) if plain_anchor else None,
             "content_size": content,

@@ -2,7 +2,8 @@
 
 One state is kept (a latent: some hundred kilobytes), and it is used only where everything that led to it is the
 same: model, x_lr, conditioning, seed, schedule, sampler, guidance, alpha. Anything that cannot be compared by value
-(a ControlNet or a hook in the conditioning) means that nothing is kept.
+(a ControlNet or a hook in the conditioning), or that may remember earlier steps (a node that caches the model's output)
+means that nothing is kept: what is recalled must be what a whole run would give.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import hashlib
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from ..clearsr_core.lsa import phase_lengths
 from .compat import HostObject
+from .sockets import KEY
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+
+    from ..clearsr_core.lsa import LSAConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,25 @@ class Remembered:
     noise: Tensor
 
 
+# In model_options: places where other nodes hook in.
+_HOOKS = ("model_function_wrapper", "sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function",
+          "sampler_calc_cond_batch_function")  # fmt: skip
 _last: list[Remembered] = []  # holds at most one
+
+
+def starts_late_alike(model: ModelPatcher, steps: int, lsa: LSAConfig) -> bool:
+    """Tell whether a run that begins with the late phase does the same there as one that began at the first step.
+
+    Not so where a control that is computed at every n-th step only would be older than the late phase, and where other
+    nodes hook into the sampling: EasyCache and its like compare with the steps before.
+    """
+    every = (model.get_attachment(KEY) or {}).get("control_every", 1)
+    if (steps - phase_lengths(steps, lsa)[1]) % every:
+        return False
+    options = cast("dict[str, Any]", model.model_options)
+    wrappers = [model.wrappers, options.get("transformer_options", {}).get("wrappers", {})]
+    foreign = any(key != KEY and hooks for table in wrappers for kind in table.values() for key, hooks in kind.items())
+    return not foreign and not any(options.get(name) for name in _HOOKS)
 
 
 class LateState:

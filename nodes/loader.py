@@ -22,7 +22,7 @@ from ..clearsr_core.image_encoder import ImagePromptEncoder
 from .compat import inference_dtype, notice, schema, widget
 from .host_attention import host_attention
 from .lora import add_lora, add_vae_lora
-from .model_checks import BASE_HELP, check_model, check_vae, other_base
+from .model_checks import BASE_HELP, base_fingerprint, check_model, check_vae, other_base
 from .self_contained import build_model, build_vae, is_dynamic, patcher_class
 from .sockets import KEY, ClearSRBundle, ClearSRSocket
 from .vae_precision import float32_vae
@@ -224,15 +224,17 @@ class ClearSRLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str) -> bool | str:
+    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        if checkpoint is None:  # linked: the host knows the value only when the graph runs
+            return True
         if find_file(checkpoint) is not None:
             return True
         folder = os.path.join(folder_paths.models_dir, FOLDER)
         return f"checkpoint: '{checkpoint}' was not found. Put the file into {folder} and press R to refresh the list."
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **_other: object) -> tuple[int, int] | None:
-        path = find_file(checkpoint)
+    def fingerprint_inputs(cls, checkpoint: str | None = None, **_other: object) -> tuple[int, int] | None:
+        path = None if checkpoint is None else find_file(checkpoint)
         if path is None:
             return None
         status = path.stat()
@@ -261,7 +263,9 @@ class ClearSRLoader(io.ComfyNode):
         else:
             check_model(NODE, model, config, checkpoint)
             check_vae(NODE, vae, config, checkpoint)
-            difference = other_base(NODE, model, config, checkpoint)
+        base = base_fingerprint(model, config)
+        if config.base is None:
+            difference = other_base(NODE, base, config.base_fingerprint, checkpoint)
             if difference is not None:
                 notice(cls, difference)
 
@@ -270,7 +274,7 @@ class ClearSRLoader(io.ComfyNode):
         }
         adapted = add_lora(model, file.tensors.get("unet_lora", {}), unet_map, lora_strength, checkpoint)
         null_text = file.tensors["null_text"][""].float()
-        adapted.set_attachments(KEY, {"null_text": null_text})
+        adapted.set_attachments(KEY, {"null_text": null_text, "base": base})
         source = float32_vae(vae) if encoder_precision == "float32" else vae
         lr_encoder = add_vae_lora(
             source,
@@ -286,6 +290,7 @@ class ClearSRLoader(io.ComfyNode):
             vae=source,
             lr_encoder=lr_encoder,
             null_text=null_text,
+            base=base,
             image_encoder=_image_encoder_patcher(file, str(path)) if config.image_encoder else None,
             image_projection=file.tensors.get("image_projection"),
         )

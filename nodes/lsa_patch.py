@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..clearsr_core.lsa import LSAConfig, adjust
 from .compat import schema, widget
-from .sockets import KEY
+from .sockets import KEY, LREntry, encoded_rows
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -144,14 +144,12 @@ class ClearSRLSAPatch(io.ComfyNode):
 def check_channels(node: str, model: ModelPatcher, lr_latent: dict) -> Tensor:
     """Return x_lr for start and adjustment, (B, C, h, w) in VAE units, or say why it cannot belong to `model`."""
     samples = lr_latent["samples"]
-    anchor = (lr_latent.get(KEY) or {}).get("anchor")
-    if anchor is not None:
-        if anchor.shape[1:] != samples.shape[1:] or anchor.shape[0] not in (1, samples.shape[0]):
-            raise ValueError(
-                f"{node}: lr_latent was changed from {tuple(anchor.shape)} to {tuple(samples.shape)} after LR Latent "
-                "Encode. Set the size and the pictures there instead."
-            )
-        samples = anchor.expand_as(samples)
+    entry: LREntry | None = lr_latent.get(KEY)
+    if entry is not None and entry["anchor"] is not None:
+        # Only while the latent is what was encoded. After a sampler, or a change, it is the picture that is meant.
+        rows = encoded_rows(entry, samples)
+        if rows is not None:
+            samples = entry["anchor"][rows]
     wanted = model.get_model_object("latent_format").latent_channels
     if samples.shape[1] != wanted:
         raise ValueError(

@@ -5,13 +5,14 @@ list and moves the state between the slices: the steps of an active phase run on
 of it happens inside one call of the host's guider, so loading, conditioning, hooks and previews are the host's own.
 
 Cutting changes nothing for samplers that use only the current state. Samplers that remember earlier steps (dpmpp_2m,
-dpmpp_3m_sde, lms, ipndm, deis, res_multistep, uni_pc, gradient_estimation, sa_solver, er_sde) start that memory anew
-at each cut, as at the first step of a run: inside an active phase they work at first order. heunpp2, which looks two
-steps ahead, does so too.
+dpmpp_3m_sde, lms, ipndm, deis, res_multistep, gradient_estimation, er_sde) start that memory anew at each cut, as at
+the first step of a run: inside an active phase they work at first order. heunpp2, which looks two steps ahead, does so
+too. A few samplers cannot be cut at all: `UNCUTTABLE`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from .late_state import LateState
 
 Target = Literal["step", "x0"]
+# Where a run begins. lr: x_lr noised to the last training timestep, whatever the first sigma is. lr_at_top: the same
+# where the schedule begins at the top and noise is given, else as `host`. noise: N(0, 1) in the variance-preserving
+# scale. host: the latent noised to exactly the first sigma, as the host does.
+Start = Literal["lr", "lr_at_top", "noise", "host"]
 SamplerFunction = Callable[..., Tensor]
 
 # Host samplers whose noise is a Brownian path over the whole schedule; "_gpu" twins draw it on the device.
@@ -53,8 +58,18 @@ MEMORYLESS = frozenset(
         "lcm",
     ]
 )
-# Choose their own steps between the ends of the schedule, so there is no state to move "between the steps".
-WITHOUT_STEPS = frozenset({"dpm_fast", "dpm_adaptive"})
+_OWN_STEPS = "chooses its own steps, so nothing can be adjusted between them"
+_LATE_UPDATE = "moves the picture only when it knows the step after, so nothing can be adjusted between its steps"
+# Samplers between whose steps there is no state to move, and why. uni_pc only looks in its first step, and moves in the
+# second; sa_solver of ComfyUI 0.3.75 returns the state before its last step, so a single step is lost.
+UNCUTTABLE = {
+    "dpm_fast": _OWN_STEPS,
+    "dpm_adaptive": _OWN_STEPS,
+    "uni_pc": _LATE_UPDATE,
+    "uni_pc_bh2": _LATE_UPDATE,
+    "sa_solver": _LATE_UPDATE,
+    "sa_solver_pece": _LATE_UPDATE,
+}
 
 
 @dataclass(frozen=True)
@@ -66,26 +81,39 @@ class LSARun:
     lr_latent: Tensor | None = None  # (1 or B, 4, h, w) in model units; None = the latent that the host samples from
     ela_map: Tensor | None = None  # (1 or B, 1, h, w) in [0, 1]
     lla_map: Tensor | None = None
-    start_from_lr: bool = True  # at the last training timestep; for schedules that begin at the top
+    start: Start = "lr"
     late_state: LateState | None = None  # remembers where the late phase begins
 
 
 class LSASampler(comfy.samplers.KSAMPLER):
-    """The host's KSAMPLER around `run`; differs where the start is plain noise.
+    """The host's KSAMPLER around `run`, whose start it makes of the noise that the host gives."""
 
-    `pure_noise`: True = start from N(0, 1) in the variance-preserving scale whatever the first sigma is, as the host
-    does itself when the schedule begins at the model's highest sigma; False = noise the latent to the first sigma.
-    """
-
-    def __init__(self, name: str, run: LSARun, pure_noise: bool = True) -> None:
+    def __init__(self, name: str, run: LSARun) -> None:
         inner = comfy.samplers.sampler_object(name)
         super().__init__(
             _sampler_function(name, inner.sampler_function, run), inner.extra_options, inner.inpaint_options
         )
-        self.pure_noise = pure_noise
+        self.run = run
 
     def max_denoise(self, model_wrap: HostObject, sigmas: Tensor) -> bool:
-        return self.pure_noise
+        return self.run.start == "noise"
+
+    def sample(
+        self,
+        model_wrap: HostObject,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: HostObject,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        # The model that a sampler function gets has other noise for ddim: that which masks are filled with.
+        run = copy.copy(self)
+        run.extra_options = {**self.extra_options, "start_noise": noise}
+        host = super(LSASampler, run)
+        return host.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
 
 
 def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> SamplerFunction:
@@ -98,6 +126,7 @@ def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> Sampler
         extra_args: dict | None = None,
         callback: Callable[[dict], None] | None = None,
         disable: bool | None = None,
+        start_noise: Tensor | None = None,
         **options: HostObject,
     ) -> Tensor:
         steps = len(sigmas) - 1
@@ -106,8 +135,13 @@ def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> Sampler
         extra_args = extra_args or {}
         sampling = model.inner_model.inner_model.model_sampling
         lr_latent = model.latent_image if run.lr_latent is None else run.lr_latent.to(x)
-        if run.start_from_lr and preserves_variance(sampling):
-            x = lr_start(lr_latent, model.noise, float(sampling.sigma_max), sigmas[0])
+        if start_noise is not None and preserves_variance(sampling):
+            if run.start == "lr" or (
+                run.start == "lr_at_top" and begins_at_the_top(sampling, sigmas) and bool(start_noise.any())
+            ):
+                x = lr_start(lr_latent, start_noise, float(sampling.sigma_max), sigmas[0])
+            elif run.start == "noise":
+                x = start_noise * torch.sqrt(1.0 + sigmas[0] ** 2)
 
         generator = _cpu_generator(extra_args.get("seed"))
         noise = _noise_sampler(name, inner, x, sigmas, extra_args.get("seed"), generator)
@@ -130,7 +164,7 @@ def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> Sampler
                     model,
                     x,
                     sigmas[start : stop + 1].clone(),
-                    extra_args=extra_args,
+                    extra_args=dict(extra_args),  # samplers put hooks of their own in
                     callback=_shifted(callback, start, bar),
                     disable=True,
                     **options,
@@ -166,6 +200,19 @@ def slices(name: str, steps: int, lsa: LSAConfig, target: Target, cut_late: bool
 def preserves_variance(sampling: HostObject) -> bool:
     """Tell whether the sampler state is x_0 + sigma noise, whose variance-preserving form Eqs. 3 and 4 move."""
     return isinstance(sampling, comfy.model_sampling.EPS)
+
+
+def begins_at_the_top(sampling: HostObject, sigmas: Tensor) -> bool:
+    """Tell whether a schedule, or the first part of one, begins at the last training timestep but for a step of it.
+
+    Leading timesteps begin below it by a step, and by what an even division of the 1000 leaves over.
+    """
+    first, second = (round(float(sampling.timestep(sigma))) for sigma in sigmas[:2])
+    total = len(sampling.sigmas)
+    step = max(1, first - second)
+    left_over = max(total % step, total % (len(sigmas) - 1))
+    # A single step to the picture itself says nothing about the distance of the steps.
+    return total - 1 - first <= (step + left_over if float(sigmas[1]) > 0.0 else 0)
 
 
 def lr_start(lr_latent: Tensor, noise: Tensor, sigma_max: float, first_sigma: Tensor) -> Tensor:

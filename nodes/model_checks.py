@@ -10,6 +10,7 @@ import torch
 
 from ..clearsr_core.fingerprint import SAME, SAMPLED, fingerprint_distance, unet_fingerprint
 from ..clearsr_core.key_maps import rename, unet_prefixes
+from ..clearsr_core.shapes import unet_shapes
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -70,11 +71,14 @@ def base_fingerprint(model: ModelPatcher, config: ClearSRConfig) -> str:
     """Return the fingerprint of a MODEL's UNet as it was loaded; "" where its weights cannot be compared.
 
     Patches (LoRA) do not count: where the host has merged them, it keeps the weight from before. Quantised weights,
-    GGUF and weights that the host has not loaded are not compared.
+    GGUF and weights that the host has not loaded are not compared, nor are UNets with fewer layers than SD 2.1's.
     """
     prefixes = unet_prefixes(config.control)
+    there = unet_shapes(config.control)
     weights = {}
     for name in SAMPLED:
+        if name not in there:
+            return ""
         key = f"diffusion_model.{rename(name, prefixes)}"
         kept = model.backup.get(key)
         weight = comfy.utils.get_attr(model.model, key) if kept is None else kept.weight
@@ -84,11 +88,15 @@ def base_fingerprint(model: ModelPatcher, config: ClearSRConfig) -> str:
     return unet_fingerprint(weights)
 
 
-def other_base(node: str, model: ModelPatcher, config: ClearSRConfig, file: str) -> str | None:
-    """Say so where a MODEL of the right size is not the one that `file` was trained on; it may still work."""
-    if not config.base_fingerprint:
-        return None
-    distance = fingerprint_distance(config.base_fingerprint, base_fingerprint(model, config))
+def other_base(node: str, found: str, wanted: str, file: str) -> str | None:
+    """Say so where a MODEL of the right size is not the one that `file` was trained on; it may still work.
+
+    Args:
+        node: for the message.
+        found, wanted: fingerprints; "" where there is none, which nothing is said about.
+        file: name of the ClearSR file.
+    """
+    distance = fingerprint_distance(wanted, found)
     if distance is None or distance < SAME:
         return None
     return (

@@ -17,9 +17,9 @@ from ..clearsr_core.lsa import LSAConfig
 from .compat import HostObject, inference_dtype, schema, widget
 from .finite import broken, sampling_error
 from .guidance import guide_between
-from .late_state import LateState, fingerprint
+from .late_state import LateState, fingerprint, starts_late_alike
 from .lsa_patch import check_channels, lsa_config, patch_denoised, strength_inputs
-from .lsa_sampler import WITHOUT_STEPS, LSARun, LSASampler, Target, preserves_variance
+from .lsa_sampler import UNCUTTABLE, LSARun, LSASampler, Target, preserves_variance
 from .schedules import (
     DEFAULT_SCHEDULER,
     SCHEDULER_TOOLTIP,
@@ -93,9 +93,9 @@ def _check_sampler(sampler_name: str, model: ModelPatcher, lsa: LSAConfig) -> No
     """Refuse combinations in which Eqs. 3 and 4 have no state to move."""
     if not (lsa.ela_strength or lsa.lla_strength):
         return
-    if sampler_name in WITHOUT_STEPS:
+    if sampler_name in UNCUTTABLE:
         raise ValueError(
-            f"{NODE}: the sampler {sampler_name} chooses its own steps, so nothing can be adjusted between them. "
+            f"{NODE}: the sampler {sampler_name} {UNCUTTABLE[sampler_name]}. "
             "Choose another sampler_name, set target to 'x0 (denoised)', or set alpha and beta to 0."
         )
     if not preserves_variance(model.get_model_object("model_sampling")):
@@ -285,12 +285,11 @@ class ClearSRLSAKSampler(io.ComfyNode):
         sigmas = schedule_sigmas(NODE, model, steps, sampler_name, scheduler, denoise)
 
         whole = denoise >= 1.0
-        start = x_lr if start_from_lr or not whole else torch.zeros_like(x_lr)
-        noise = comfy.sample.prepare_noise(start, seed, lr_latent.get("batch_index"))
+        noise = comfy.sample.prepare_noise(x_lr, seed, lr_latent.get("batch_index"))
         noise_mask = lr_latent.get("noise_mask")
         # Everything that leads to the late phase; beta and its mask come after it.
         key = None
-        if noise_mask is None:
+        if noise_mask is None and starts_late_alike(model, len(sigmas) - 1, lsa):
             key = fingerprint(
                 [
                     sampler_name,
@@ -315,7 +314,7 @@ class ClearSRLSAKSampler(io.ComfyNode):
             lr_latent=process_in(x_lr),
             ela_map=ela_map,
             lla_map=lla_map,
-            start_from_lr=start_from_lr and whole,
+            start="host" if not whole else "lr" if start_from_lr else "noise",
             late_state=None if key is None else LateState(key, model),
         )
         sampled = model if moved == "step" else patch_denoised(model, x_lr, lsa, ela_map, lla_map)
@@ -324,11 +323,11 @@ class ClearSRLSAKSampler(io.ComfyNode):
             sampled,
             noise,
             cfg,
-            LSASampler(sampler_name, run, pure_noise=whole),
+            LSASampler(sampler_name, run),
             sigmas,
             positive,
             negative,
-            start,
+            x_lr,
             noise_mask=noise_mask,
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
@@ -381,7 +380,8 @@ class ClearSRSampler(io.ComfyNode):
             display_name="ClearSR Sampler",
             description=(
                 "Spaced DDPM for SamplerCustom and SamplerCustomAdvanced. Give x_lr as the latent_image. With ClearSR "
-                "Scheduler it is LSA KSampler without the adjustment; add LSA Patch for that."
+                "Scheduler it is LSA KSampler without the adjustment, but for files whose start is the plain encoder's "
+                "x_lr: give theirs from VAE Encode. Add LSA Patch for the adjustment."
             ),
             search_aliases=["clearsr", "ddpm", "sampler"],
             inputs=[
@@ -389,8 +389,9 @@ class ClearSRSampler(io.ComfyNode):
                     io.Boolean,
                     "start_from_lr",
                     default=True,
-                    tooltip="Start from the latent_image noised to the last training step, as SeeSR does. Off: noised "
-                    "to exactly the first noise level of the SIGMAS.",
+                    tooltip="Start from the latent_image noised to the last training step, as SeeSR does, where the "
+                    "SIGMAS begin at the top and noise is added. Off, and elsewhere: noised to exactly the first noise "
+                    "level of the SIGMAS.",
                 ),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
@@ -399,7 +400,7 @@ class ClearSRSampler(io.ComfyNode):
     @classmethod
     def execute(cls, start_from_lr: bool = True) -> io.NodeOutput:
         off = LSAConfig(ela_strength=0.0, lla_strength=0.0)
-        return io.NodeOutput(LSASampler("ddpm", LSARun(off, start_from_lr=start_from_lr), pure_noise=False))
+        return io.NodeOutput(LSASampler("ddpm", LSARun(off, start="lr_at_top" if start_from_lr else "host")))
 
 
 class ClearSREmptyPrompt(io.ComfyNode):

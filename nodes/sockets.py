@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, TypedDict
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -22,10 +23,30 @@ ClearSRSocket = io.Custom("CLEARSR")
 class LREntry(TypedDict):
     """LATENT["clearsr"], beside the ordinary `samples` that stock nodes decode. It survives sampling."""
 
+    encoded: Tensor  # (B, 4, h, w), VAE units: `samples` as they were when the rest of this was made
     image_prompt: Tensor | None  # (B, 1, context width): p of the file's own image encoder
     anchor: Tensor | None  # (B, 4, h, w), VAE units: x_lr of start and LSA where it is not `samples`
     content_size: tuple[int, int]  # (height, width) in pixels of the upscaled picture
     padded_size: tuple[int, int]  # (height, width) in pixels that was encoded: 8 times the latent's size
+
+
+def encoded_rows(entry: LREntry, samples: Tensor) -> list[int] | None:
+    """Return which of the encoded pictures each row of `samples` is, or None where one of them is something else.
+
+    Stock nodes choose, repeat and reorder the rows of a LATENT, and leave our entry as it was.
+    """
+    encoded = entry["encoded"]
+    if samples is encoded:
+        return list(range(len(encoded)))
+    if samples.shape[1:] != encoded.shape[1:]:
+        return None
+    rows: list[int] = []
+    for row in samples:
+        found = next((index for index, one in enumerate(encoded) if torch.equal(row.to(one), one)), None)
+        if found is None:
+            return None
+        rows.append(found)
+    return rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +63,7 @@ class ClearSRBundle:
     vae: VAE  # E: plain, in the precision that x_lr is made in
     lr_encoder: VAE  # E' = E + LoRA; shares the weights of `vae`
     null_text: Tensor  # (tokens, context width): the empty prompt
+    base: str  # fingerprint of the MODEL that was loaded with it; "" where it cannot be compared
     image_encoder: ModelPatcher | None  # of self-contained files
     image_projection: dict[str, Tensor] | None = None  # makes patch tokens of CLIP's hidden states
 

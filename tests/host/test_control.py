@@ -244,13 +244,13 @@ def test_clip_vision_prompt(tiny, lr) -> None:
         name = "file"
 
     embeds = torch.randn(2, 16)
-    tokens, said = choose(Bundle, {"image_embeds": embeds, "last_hidden_state": None}, None)
+    tokens, said = choose(Bundle, {"image_embeds": embeds, "last_hidden_state": None}, {})
     assert said is None and torch.equal(tokens, embeds[:, None])
-    assert choose(Bundle, None, None)[0] is None and "CLIP_VISION" in choose(Bundle, None, None)[1]
+    assert choose(Bundle, None, {})[0] is None and "CLIP_VISION" in choose(Bundle, None, {})[1]
     with pytest.raises(ValueError, match=r"768 features.*needs 16"):
-        choose(Bundle, {"image_embeds": torch.randn(1, 768)}, None)
+        choose(Bundle, {"image_embeds": torch.randn(1, 768)}, {})
     with pytest.raises(ValueError, match="has its own image encoder"):
-        choose(tiny["clearsr"], {"image_embeds": embeds}, lr["latent"]["clearsr"])
+        choose(tiny["clearsr"], {"image_embeds": embeds}, lr["latent"])
 
 
 def test_clip_patch_tokens(tmp_path) -> None:
@@ -290,12 +290,12 @@ def test_clip_patch_tokens(tmp_path) -> None:
 
     features = host.encode_image(images, crop=False)
     choose = rig.module("nodes.control").decoder_prompt
-    tokens, said = choose(Bundle, features, None)
+    tokens, said = choose(Bundle, features, {})
     assert said is None and tokens.shape == (2, 5, 16)
     # The first token is the class token, of which CLIP itself makes the pooled embedding.
     torch.testing.assert_close(tokens[:, 0], features["image_embeds"].float(), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"16 features \(last_hidden_state\).*needs 24"):
-        choose(Bundle, {"last_hidden_state": torch.randn(1, 5, 16)}, None)
+        choose(Bundle, {"last_hidden_state": torch.randn(1, 5, 16)}, {})
 
 
 def test_start_after_end_is_refused(tiny, lr) -> None:

@@ -146,10 +146,54 @@ def test_plain_anchor(tiny) -> None:
     assert not torch.allclose(latent["clearsr"]["anchor"], latent["samples"])
     chosen = rig.module("nodes.lsa_patch").check_channels
     assert torch.equal(chosen("Node", tiny["model"], latent), latent["clearsr"]["anchor"])
-    repeated = {**latent, "samples": latent["samples"].repeat(3, 1, 1, 1)}
-    assert chosen("Node", tiny["model"], repeated).shape[0] == 3
-    with pytest.raises(ValueError, match="was changed from"):
-        chosen("Node", tiny["model"], {**latent, "samples": latent["samples"][..., :4]})
+    repeated = rig.run("RepeatLatentBatch", samples=latent, amount=3)
+    assert torch.equal(chosen("Node", tiny["model"], repeated), latent["clearsr"]["anchor"].repeat(3, 1, 1, 1))
+    # A result, or a latent that was changed, is what the user means: a second pass begins with it.
+    for changed in (latent["samples"] * 0.9, latent["samples"][..., :4]):
+        assert torch.equal(chosen("Node", tiny["model"], {**latent, "samples": changed}), changed)
+
+
+@pytest.mark.parametrize("anchor", ["plain", "lr_encoder"])
+def test_a_second_pass_begins_with_the_result_of_the_first(anchor) -> None:
+    name = rig.write(f"second_{anchor}.safetensors", rig.tiny_checkpoint(rig.tiny_config(anchor=anchor)))
+    model, _, clearsr = rig.run("ClearSRLoader", checkpoint=name)
+    latent, _ = encode({"clearsr": clearsr}, rig.images())
+    settings = {"model": model, "steps": 4, "denoise": 0.25, "alpha": 0.0, "beta": 0.0}
+    first = rig.run("ClearSRLSAKSampler", lr_latent=latent, **{**settings, "denoise": 1.0})
+    second = rig.run("ClearSRLSAKSampler", lr_latent=first, **settings)["samples"]
+    alone = rig.run("ClearSRLSAKSampler", lr_latent={"samples": first["samples"]}, **settings)["samples"]
+    assert torch.equal(second, alone)
+    assert not torch.equal(second, rig.run("ClearSRLSAKSampler", lr_latent=latent, **settings)["samples"])
+
+
+def test_stock_nodes_may_choose_and_repeat_pictures_of_a_batch(tiny) -> None:
+    """The rows of the image prompt follow those of the latent."""
+    latent, _ = encode(tiny, torch.cat([rig.images(seed=1), rig.images(seed=2)]))
+    second, _ = encode(tiny, rig.images(seed=2))
+    chosen = rig.run("LatentFromBatch", samples=latent, batch_index=1, length=1)
+    repeated = rig.run("RepeatLatentBatch", samples=latent, amount=2)
+    prompt = rig.module("nodes.control").decoder_prompt
+    own = latent["clearsr"]["image_prompt"]
+    assert torch.equal(prompt(tiny["clearsr"], None, chosen)[0], own[1:])
+    assert torch.equal(prompt(tiny["clearsr"], None, repeated)[0], own[[0, 1, 0, 1]])
+    torch.testing.assert_close(own[1:], second["clearsr"]["image_prompt"])
+    for picked in (chosen, repeated):
+        rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=picked)
+    strange = {**chosen, "samples": torch.cat([chosen["samples"] * 0.5] * 3)}
+    with pytest.raises(ValueError, match=r"made from 2 pictures, but lr_latent holds 3.*before LR Latent Encode"):
+        rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=strange)
+
+
+def test_image_encoder_gets_a_thumbnail(tiny, monkeypatch) -> None:
+    """It sees no more of it, and whole pictures of a large batch would not fit beside the model on the card."""
+    encoder = tiny["clearsr"].image_encoder.model
+    image = rig.images(height=160, width=96)
+    expected = encoder(image.movedim(-1, 1))
+    seen = []
+    real = type(encoder).forward
+    monkeypatch.setattr(type(encoder), "forward", lambda self, x: seen.append(tuple(x.shape)) or real(self, x))
+    assert torch.equal(rig.module("nodes.encode").image_prompt(tiny["clearsr"], image), expected)
+    assert seen == [(1, 3, 64, 64)]
 
 
 def test_color_fix_sizes_and_strength() -> None:

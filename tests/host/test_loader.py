@@ -128,9 +128,10 @@ def test_another_base_of_the_same_size_is_told(monkeypatch, tiny, lr, caplog) ->
         caplog.clear()
         rig.run("ClearSRControlApply", model=model, clearsr=clearsr, lr_latent=lr["latent"])
         assert ("is not the base model" in caplog.text) == expected
-    quantised = dataclasses.replace(small, base_fingerprint=other)
-    assert checks.other_base("Node", rig.host_model(comfy.supported_models.SD20, {}), small, "file") is None
-    assert checks.other_base("Node", tiny["model"], quantised, "file") is not None
+    found = checks.base_fingerprint(tiny["model"], small)
+    assert checks.other_base("Node", found, "", "file") is None
+    assert checks.other_base("Node", "", other, "file") is None
+    assert checks.other_base("Node", found, other, "file") is not None
 
 
 def test_other_loras_stay(tiny, baseless) -> None:
@@ -238,3 +239,40 @@ def test_nothing_is_registered_for_narrow_models(tiny) -> None:
     names = [kind.__name__ for kind in comfy.supported_models.models]
     assert "NarrowSD2" not in names
     assert tiny["model"].model.model_type == comfy.model_base.ModelType.EPS
+
+
+def test_a_linked_checkpoint_is_left_to_the_run(tiny) -> None:
+    """The host asks with None before it knows what a link brings."""
+    loader = rig.nodes.NODE_CLASS_MAPPINGS["ClearSRLoader"]
+    assert loader.validate_inputs() is True
+    assert loader.validate_inputs(checkpoint=None) is True
+    assert loader.fingerprint_inputs(checkpoint=None, lora_strength=1.0) is None
+    assert "was not found" in loader.validate_inputs(checkpoint="absent.safetensors")
+
+
+def test_models_of_two_self_contained_files_are_not_mixed(tiny, lr) -> None:
+    """Their networks have the same shapes, and the result would be noise without a word."""
+    other = rig.tiny_checkpoint(rig.tiny_config(), seed=1)
+    model, _, clearsr = rig.run("ClearSRLoader", checkpoint=rig.write("other_base.safetensors", other))
+    for mixed in ({"model": tiny["model"], "clearsr": clearsr}, {"model": model, "clearsr": tiny["clearsr"]}):
+        with pytest.raises(ValueError, match=r"is another one than .* carries"):
+            rig.run("ClearSRControlApply", lr_latent=lr["latent"], **mixed)
+    again = rig.run("ClearSRLoader", checkpoint=tiny["name"], lora_strength=0.5)[0]
+    rig.run("ClearSRControlApply", model=again, clearsr=tiny["clearsr"], lr_latent=lr["latent"])
+
+
+def test_a_file_with_fewer_layers_loads_and_samples(lr) -> None:
+    """The format allows other UNets than SD 2.1's: the level weights follow the number of their skips."""
+    config = rig.tiny_config(control_layers_per_block=1)
+    name = rig.write("shallow.safetensors", rig.tiny_checkpoint(config))
+    model, _, clearsr = rig.run("ClearSRLoader", checkpoint=name)
+    assert clearsr.base == ""
+    latent, _ = rig.run("ClearSRLREncode", clearsr=clearsr, image=rig.images(), scale=4.0)
+    for weights in ("", "1, 1, 1, 1, 1", "1 1 1 1 1 1 1 1 1"):
+        controlled = rig.run(
+            "ClearSRControlApply", model=model, clearsr=clearsr, lr_latent=latent, level_weights=weights
+        )
+        result = rig.run("ClearSRLSAKSampler", model=controlled, lr_latent=latent, steps=2)["samples"]
+        assert result.isfinite().all()
+    with pytest.raises(ValueError, match=r"write 5 numbers .* or 9 numbers"):
+        rig.run("ClearSRControlApply", model=model, clearsr=clearsr, lr_latent=latent, level_weights="1, 2")

@@ -6,6 +6,7 @@ import clearsr_rig as rig
 import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.model_sampling
+import comfy.patcher_extension
 import comfy.samplers
 import comfy.utils
 import pytest
@@ -219,15 +220,57 @@ def test_cutting_is_exact_for_memoryless_samplers(tiny, lr, monkeypatch) -> None
         assert torch.equal(sample(tiny["model"], lr, steps=3, alpha=0.1, beta=0.1, **settings), whole), name
 
 
-def test_every_sampler_of_the_host_runs(tiny, lr) -> None:
-    """All samplers run step by step and give numbers; those without steps say what to do."""
+def ideal(tiny, lr):
+    """The model that always sees x_lr in the noise: every sampler must end there, cut or not."""
+    model = tiny["model"].clone()
+    target = tiny["model"].model.process_latent_in(lr["latent"]["samples"])
+    model.set_model_unet_function_wrapper(lambda _apply, given: target.expand_as(given["input"]).to(given["input"]))
+    return model
+
+
+def test_every_sampler_of_the_host_arrives_when_it_is_cut(tiny, lr) -> None:
+    """With a perfect model the result is x_lr; samplers that cannot be cut say why, and work without strengths."""
+    model, x_lr = ideal(tiny, lr), lr["latent"]["samples"]
+    settings = {"steps": 20, "scheduler": "normal", "start_from_lr": False}
     for name in comfy.samplers.KSampler.SAMPLERS:
-        if name in lsa_sampler.WITHOUT_STEPS:
-            with pytest.raises(ValueError, match=f"sampler {name} chooses its own steps"):
-                sample(tiny["model"], lr, sampler_name=name, alpha=0.1)
+        if name not in lsa_sampler.UNCUTTABLE:
+            for strength in (0.0, 0.01):
+                result = sample(model, lr, sampler_name=name, alpha=strength, beta=strength, **settings)
+                error = float((result - x_lr).norm() / x_lr.norm())
+                assert error < 0.1, (name, strength, error)
             continue
-        result = sample(tiny["model"], lr, steps=2, sampler_name=name, scheduler="karras", alpha=0.1, beta=0.1)
-        assert result.isfinite().all(), name
+        with pytest.raises(ValueError, match=f"sampler {name} .*nothing can be adjusted between"):
+            sample(model, lr, sampler_name=name, beta=0.01)
+        sample(model, lr, sampler_name=name, alpha=0.01, target="x0 (denoised)", **settings)
+
+
+@pytest.mark.parametrize("sampler_name", ["euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp"])
+def test_hooks_of_a_sampler_do_not_pile_up_from_slice_to_slice(controlled, lr, monkeypatch, sampler_name) -> None:
+    seen = []
+    inner = lsa_sampler._shifted
+
+    def counting(callback, start, bar):
+        report = inner(callback, start, bar)
+
+        def count(values):
+            seen.append(start)
+            report(values)
+
+        return count
+
+    hooks = []
+    real = comfy.model_patcher.set_model_options_post_cfg_function
+
+    def counted(options, *more, **named):
+        changed = real(options, *more, **named)
+        hooks.append(len(changed["sampler_post_cfg_function"]))
+        return changed
+
+    monkeypatch.setattr(lsa_sampler, "_shifted", counting)
+    monkeypatch.setattr(comfy.model_patcher, "set_model_options_post_cfg_function", counted)
+    sample(controlled, lr, sampler_name=sampler_name, steps=6, alpha=0.01, ela_end=0.5)
+    assert len(set(seen)) > 1
+    assert set(hooks) == {1}
 
 
 def test_same_seed_same_picture(controlled, lr) -> None:
@@ -248,6 +291,82 @@ def test_noise_of_the_first_step_is_not_the_start_noise(lr) -> None:
     shape = lr["latent"]["samples"].shape
     drawn = torch.randn(shape, generator=generator)
     assert not torch.equal(drawn, torch.randn(shape, generator=torch.Generator().manual_seed(3)))
+
+
+# ---- where a run begins ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start_from_lr", [True, False])
+@pytest.mark.parametrize("sampler_name", ["ddpm", "euler"])
+def test_what_a_mask_keeps_is_x_lr(tiny, lr, start_from_lr, sampler_name) -> None:
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1.0
+    latent = {**lr["latent"], "noise_mask": mask}
+    result = sample(tiny["model"], {"latent": latent}, sampler_name=sampler_name, start_from_lr=start_from_lr)
+    kept = (result - lr["latent"]["samples"])[..., :3].abs().max()
+    assert float(kept) < 1e-3
+    assert float((result - lr["latent"]["samples"])[..., 5:].abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("start_from_lr", [True, False])
+def test_ddim_is_euler(controlled, lr, start_from_lr) -> None:
+    """The host gives ddim other noise to fill masks with; the start is made of that of the seed all the same."""
+    settings = {"scheduler": "normal", "start_from_lr": start_from_lr}
+    ddim, euler = (sample(controlled, lr, sampler_name=name, **settings) for name in ("ddim", "euler"))
+    assert torch.equal(ddim, euler)
+
+
+def test_schedules_that_begin_at_the_top_are_told_from_parts(controlled) -> None:
+    sampling = controlled.get_model_object("model_sampling")
+    top = lsa_sampler.begins_at_the_top
+    for spacing in ("ddpm_leading", "ddpm_linspace", "ddpm_trailing"):
+        for steps in [*range(1, 60), 100, 333, 500, 999, 1000]:
+            sigmas = rig.run("ClearSRScheduler", model=controlled, steps=steps, spacing=spacing)
+            assert top(sampling, sigmas), (spacing, steps)
+            if steps >= 10:
+                assert not top(sampling, sigmas[steps // 2 :]), (spacing, steps)
+    for name in comfy.samplers.KSampler.SCHEDULERS:
+        for steps in (4, 7, 20, 50):
+            sigmas = comfy.samplers.calculate_sigmas(sampling, name, steps)
+            assert top(sampling, sigmas), (name, steps)
+            part = rig.run("BasicScheduler", model=controlled, scheduler=name, steps=steps, denoise=0.4)
+            if float(sampling.timestep(part[0])) < 800:  # linear_quadratic goes almost to the top all the same
+                assert not top(sampling, part), (name, steps)
+
+
+def custom(model, lr, text, sigmas, latent, add_noise=True, **settings):
+    return rig.run(
+        "SamplerCustom",
+        model=model,
+        add_noise=add_noise,
+        noise_seed=3,
+        cfg=1.0,
+        positive=text,
+        negative=text,
+        sampler=rig.run("ClearSRSampler", **settings),
+        sigmas=sigmas,
+        latent_image=latent,
+    )[0]
+
+
+def test_clearsr_sampler_goes_on_with_a_part_of_the_schedule(tiny, lr, text) -> None:
+    """The rest of a split schedule, or a part for denoising a picture, is not begun anew from noise."""
+    model = ideal(tiny, lr)
+    sigmas = rig.run("ClearSRScheduler", model=model, steps=10, spacing="ddpm_leading")
+    first = custom(model, lr, text, sigmas[:6], lr["latent"])
+    for latent, rest, add_noise in (
+        (first, sigmas[5:], False),  # SplitSigmas and DisableNoise
+        (lr["latent"], sigmas[6:], True),  # image to image
+    ):
+        on, off = (
+            custom(model, lr, text, rest, latent, add_noise, start_from_lr=value)["samples"] for value in (True, False)
+        )
+        assert torch.equal(on, off)
+    # A whole schedule is still started from x_lr at the last training step.
+    on, off = (
+        custom(model, lr, text, sigmas[:2], lr["latent"], start_from_lr=value)["samples"] for value in (True, False)
+    )
+    assert not torch.equal(on, off)
 
 
 # ---- x0 target and LSA Patch ----------------------------------------------------------------------------------------
@@ -420,6 +539,44 @@ def test_moving_only_beta_repeats_only_the_late_steps(controlled, lr, sampler_na
     with rig.count_calls(base, "apply_model") as calls:
         assert torch.equal(sample(controlled, lr, beta=0.2, **settings), quick)
     assert len(calls) > 2 * per_step
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 50])
+def test_what_is_recalled_is_what_a_whole_run_would_give(tiny, lr, every) -> None:
+    """A control that is computed now and then must be as old in the late phase as it would have been."""
+    model = rig.run(
+        "ClearSRControlApply",
+        model=tiny["model"],
+        clearsr=tiny["clearsr"],
+        lr_latent=lr["latent"],
+        control_every=every,
+    )
+    settings = {"steps": 8, "alpha": 0.05, "lla_start": 0.5}  # the late phase begins at step 4
+    sample(model, lr, beta=0.0, **settings)
+    with rig.count_calls(model.model, "apply_model") as calls:
+        recalled = sample(model, lr, beta=0.2, **settings)
+    assert len(calls) == (8 if 4 % every else 4)
+    late_state._last.clear()
+    assert torch.equal(sample(model, lr, beta=0.2, **settings), recalled)
+
+
+def test_nothing_is_recalled_where_other_nodes_may_remember_steps(controlled, lr) -> None:
+    """EasyCache and its like compare a step with those before: a run that begins late would have none."""
+
+    def untouched(executor, *args, **named):
+        return executor(*args, **named)
+
+    wrapped, hooked, replaced = controlled.clone(), controlled.clone(), controlled.clone()
+    wrapped.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "another pack", untouched)
+    hooked.set_model_sampler_post_cfg_function(lambda values: values["denoised"])
+    replaced.set_model_unet_function_wrapper(
+        lambda apply, given: apply(given["input"], given["timestep"], **given["c"])
+    )
+    for model, expected in ((controlled, 2), (wrapped, 4), (hooked, 4), (replaced, 4)):
+        sample(model, lr, alpha=0.05, beta=0.0, lla_start=0.5)
+        with rig.count_calls(model.model, "apply_model") as calls:
+            sample(model, lr, alpha=0.05, beta=0.1, lla_start=0.5)
+        assert len(calls) == expected
 
 
 def test_anything_else_repeats_everything(tiny, controlled, lr, text) -> None:
