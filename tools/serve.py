@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     say(f"starting ComfyUI {host.version} with the pack")
     try:
         server.start(tuple(more))
-        say(f"open http://{options.listen}:{options.port}")
+        say(f"open {server.client.url}")
         say(f"the workflows are in the template browser, under {PACK_FOLDER}; Ctrl-C stops")
         return server.wait()
     finally:

@@ -87,6 +87,14 @@ class Run:
     seconds: float = 0.0
 
 
+class RefusedError(ToolError):
+    """ComfyUI answered a request with an error; `body` is what it said."""
+
+    def __init__(self, path: str, code: int, body: bytes) -> None:
+        super().__init__(f"ComfyUI answered {path} with error {code}: {body.decode(errors='replace')[:500]}")
+        self.body = body
+
+
 class Client:
     """Talks to a running ComfyUI as the editor does."""
 
@@ -95,10 +103,17 @@ class Client:
         self.url = f"http://{host}:{port}"
 
     def request(self, path: str, body: bytes | None = None, content_type: str = "application/json") -> bytes:
-        """GET a path, or POST a body to it. An HTTP error of the server is returned as its text in a ToolError."""
+        """GET a path, or POST a body to it.
+
+        Raises:
+            RefusedError: the server answered with an error.
+        """
         request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": content_type})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.read()
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.read()
+        except urllib.error.HTTPError as error:
+            raise RefusedError(path, error.code, error.read()) from None
 
     def json(self, path: str, value: object = None) -> Any:  # noqa: ANN401 - whatever the server says
         """GET a path, or POST a value as JSON to it, and read the answer as JSON."""
@@ -162,8 +177,8 @@ class Client:
     def _queue(self, prompt: Prompt, client_id: str) -> str:
         try:
             return self.json("/prompt", {"prompt": prompt, "client_id": client_id})["prompt_id"]
-        except urllib.error.HTTPError as error:
-            raise ToolError(_refusal_text(prompt, error.read())) from None
+        except RefusedError as error:
+            raise ToolError(_refusal_text(prompt, error.body)) from None
 
     def _history(self, prompt_id: str) -> dict[str, Any]:
         """Read the record of a finished prompt, which the server writes a moment after its last event."""
@@ -240,7 +255,9 @@ class Server:
     ) -> None:
         self.host, self.base, self.listen, self.models = host, base, listen, models
         self.port = port or free_port()
-        self.client = Client(self.port)
+        # A server on every address of the machine is reached at its own; 0.0.0.0 is none to open in a browser.
+        first = listen.partition(",")[0]
+        self.client = Client(self.port, LOCALHOST if first in ("0.0.0.0", "::") else first)
         self.log = base / "comfyui.log"
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     **{f"every{every}": {SAMPLER: _PAPER, CONTROL: {"control_every": every}} for every in (2, 5, 50)},
     **{f"ddpm{steps}": _few("ddpm", steps) for steps in (20, 10)},
     **{f"ddpm{steps}_per_step": _few("ddpm", steps, strength_rule="per step (paper)") for steps in (20, 10)},
-    **{f"unipc{steps}": _few("uni_pc", steps) for steps in (20, 10)},
+    **{f"unipc{steps}": _few("uni_pc", steps, alpha=0.0, beta=0.0) for steps in (20, 10)},
     **{f"dpmpp_2m{steps}": _few("dpmpp_2m", steps) for steps in (20, 10)},
     **{f"dpmpp_2m_sde{steps}": _few("dpmpp_2m_sde", steps) for steps in (20, 10)},
     **{f"euler{steps}": _few("euler", steps) for steps in (20,)},
