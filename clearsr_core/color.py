@@ -77,4 +77,22 @@ def _lab_to_rgb(values: Tensor) -> Tensor:
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp(min=1e-9) ** (1 / 2.4) - 0.055)
 
 
+def transfer(method: ColorMethod, image: Tensor, reference: Tensor) -> Tensor:
+    """Give `image` the colours of `reference` by a method; where the reference is grey, so is the result.
+
+    Args:
+        method: "adain", "wavelet" or "lab".
+        image, reference: (B, H, W, 3).
+
+    Returns:
+        (B, H, W, 3) in [0, 1].
+    """
+    fixed = METHODS[method](image, reference).clamp(0.0, 1.0)
+    # No method takes all of the fine colour away, and a black-and-white photograph has none.
+    is_grey = (reference == reference[..., :1]).flatten(1).all(dim=1)[:, None, None, None]
+    luma = fixed @ fixed.new_tensor(_LUMA)[:, None]
+    return torch.where(is_grey, luma.expand_as(fixed), fixed)
+
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as a picture is made grey
 METHODS: dict[ColorMethod, Callable[[Tensor, Tensor], Tensor]] = {"adain": adain, "wavelet": wavelet, "lab": lab}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..clearsr_core.color import METHODS, ColorMethod
+from ..clearsr_core.color import METHODS, ColorMethod, transfer
 from . import pictures
 from .compat import notice, schema, widget
 
@@ -24,6 +24,12 @@ def cut_to_reference(image: Tensor, size: tuple[int, int]) -> Tensor:
     if 0 <= extra_rows < pictures.PADDING and 0 <= extra_columns < pictures.PADDING:
         return image[:, :height, :width]
     return image
+
+
+def is_padded(size: tuple[int, int], content: tuple[int, int]) -> bool:
+    """Return whether `size` is `content`, or `content` brought to a multiple of 64: (height, width) in pixels each."""
+    unit = pictures.PADDING
+    return size == content or size == tuple(-(-side // unit) * unit for side in content)
 
 
 class ClearSRColorFix(io.ComfyNode):
@@ -81,10 +87,16 @@ class ClearSRColorFix(io.ComfyNode):
                 f"{NODE}: {image.shape[0]} results and {reference.shape[0]} reference pictures. Connect one "
                 "reference, or one for each result."
             )
-        image = cut_to_reference(image, (reference.shape[1], reference.shape[2]))
+        whole, wanted = (image.shape[1], image.shape[2]), (reference.shape[1], reference.shape[2])
+        image = cut_to_reference(image, wanted)
+        if image.shape[1:3] != wanted or not is_padded(whole, wanted):
+            notice(
+                cls,
+                f"{NODE}: the reference has {wanted[1]} x {wanted[0]} pixels and the result {whole[1]} x {whole[0]}, "
+                "which no padding explains. Connect the IMAGE of LR Latent Encode as the reference.",
+            )
         if strength == 0.0:
             return io.NodeOutput(image)
         size = (image.shape[1], image.shape[2])
         reference = pictures.resize(reference.to(image), size, "bicubic").expand(image.shape[0], -1, -1, -1)
-        fixed = METHODS[method](image, reference).clamp(0.0, 1.0)
-        return io.NodeOutput(image.lerp(fixed, strength))
+        return io.NodeOutput(image.lerp(transfer(method, image, reference), strength))

@@ -96,17 +96,17 @@ def tiling_settings(
     """Bring the widgets, in pixels, to the grid of windows; what had to be rounded is told through `say`."""
     unit, smallest = tiles.GRID * PIXELS, tiles.MIN_SIDE * PIXELS
     size = tile_size and max(smallest, round(tile_size / unit) * unit)
-    overlap = max(unit, -(-tile_overlap // unit) * unit)
-    for name, given, used in (("tile_size", tile_size, size), ("tile_overlap", tile_overlap, overlap)):
-        if given != used:
-            text = f"{NODE}: {name} is {given}, but tiles lie on a grid of {unit} pixels, so {used} is used."
-            say(text, logging.WARNING)
     tile = size or AUTOMATIC_SIDE * PIXELS
-    if overlap >= tile:
+    if tile_overlap >= tile:
         raise ValueError(
-            f"{NODE}: tile_overlap is {overlap}, but a tile has only {tile} pixels, so the next one would not get "
+            f"{NODE}: tile_overlap is {tile_overlap}, but a tile has only {tile} pixels, so the next one would not get "
             f"further. Set tile_overlap to {max(unit, tile // 2 // unit * unit)} or less."
         )
+    overlap = min(max(unit, -(-tile_overlap // unit) * unit), tile - unit)
+    why = f"tiles lie on a grid of {unit} pixels and have at least {smallest}"
+    for name, given, used in (("tile_size", tile_size, size), ("tile_overlap", tile_overlap, overlap)):
+        if given != used:
+            say(f"{NODE}: {name} is {given}, but {why}, so {used} is used.", logging.WARNING)
     return TilingSettings(size // PIXELS, overlap // PIXELS, max(1, tiles_per_batch), say)
 
 
@@ -284,6 +284,8 @@ class ClearSRControlApply(io.ComfyNode):
                 f"{NODE}: start_percent {start_percent} lies after end_percent {end_percent}; the control would never "
                 "act."
             )
+        if start_percent == end_percent:
+            notice(cls, f"{NODE}: start_percent and end_percent are both {start_percent}, so the control never acts.")
         prompt, fallback = decoder_prompt(clearsr, clip_vision_output, lr_latent)
         if fallback is not None:
             notice(cls, fallback)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .compat import HostObject, inference_dtype
 from .finite import RunCheck
+from .guidance import guided_steps
 from .sockets import KEY
 from .tile_conds import obstacle, stacked
 from .tiled_diffusion import CONTROL_SHARE, HANDLER, NODE, PLAN, TILE, TilingSettings, start_tiling
@@ -236,10 +237,9 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
         x_lr = _window(x_lr, x, options)
         sampling = base.model_sampling
         sigma = float(t.flatten()[0])
-        in_range = (
-            sampling.percent_to_sigma(settings.start_percent)
-            >= sigma
-            >= sampling.percent_to_sigma(settings.end_percent)
+        # Shares of this run, as the other widgets count: of a run that starts part of the way, too.
+        in_range = run is None or run.step(sigma) in guided_steps(
+            len(run.sigmas) - 1, settings.start_percent, settings.end_percent
         )
         merged = control
         if x_lr is not None and in_range and not off:

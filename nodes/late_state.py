@@ -33,7 +33,7 @@ class Remembered:
     model: weakref.ref  # identity; weak, so that a forgotten model can be freed
     patches: object  # the host's id of the model's weight patches at that time
     x: Tensor
-    noise: Tensor
+    noise: Tensor  # (B, n): states of the generators
 
 
 # In model_options: places where other nodes hook in.

@@ -164,7 +164,7 @@ def check_channels(node: str, model: ModelPatcher, lr_latent: dict) -> Tensor:
 def strength_inputs() -> list[io.Input]:
     """Return the widgets that LSA Patch and LSA KSampler share."""
     return [
-        widget(io.Float, "alpha", default=0.01, min=0.0, max=10.0, step=0.005, round=0.0001, tooltip=ALPHA_TOOLTIP),
+        widget(io.Float, "alpha", default=0.01, min=0.0, max=1.0, step=0.005, round=0.0001, tooltip=ALPHA_TOOLTIP),
         widget(io.Float, "beta", default=0.01, min=0.0, max=10.0, step=0.005, round=0.0001, tooltip=BETA_TOOLTIP),
         widget(io.Float, "ela_end", default=0.3, min=0.0, max=1.0, step=0.01, tooltip=ELA_END_TOOLTIP),
         widget(io.Float, "lla_start", default=0.88, min=0.0, max=1.0, step=0.01, tooltip=LLA_START_TOOLTIP),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -39,6 +39,7 @@ Target = Literal["step", "x0"]
 # scale. host: the latent noised to exactly the first sigma, as the host does.
 Start = Literal["lr", "lr_at_top", "noise", "host"]
 SamplerFunction = Callable[..., Tensor]
+_ROW_SEEDS = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: far from each other, and odd
 
 # Host samplers whose noise is a Brownian path over the whole schedule; "_gpu" twins draw it on the device.
 _BROWNIAN = frozenset({"dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"})
@@ -82,6 +83,7 @@ class LSARun:
     ela_map: Tensor | None = None  # (1 or B, 1, h, w) in [0, 1]
     lla_map: Tensor | None = None
     start: Start = "lr"
+    rows: tuple[int, ...] | None = None  # number of each picture, from which its noise follows; None = 0, 1, ...
     late_state: LateState | None = None  # remembers where the late phase begins
 
 
@@ -143,8 +145,9 @@ def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> Sampler
             elif run.start == "noise":
                 x = start_noise * torch.sqrt(1.0 + sigmas[0] ** 2)
 
-        generator = _cpu_generator(extra_args.get("seed"))
-        noise = _noise_sampler(name, inner, x, sigmas, extra_args.get("seed"), generator)
+        seeds = row_seeds(extra_args.get("seed"), run.rows or range(len(x)))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = _noise_sampler(name, inner, x, sigmas, seeds, generators)
         if noise is not None:
             options["noise_sampler"] = noise
 
@@ -155,7 +158,8 @@ def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> Sampler
         if remembered is not None:
             x = remembered.x.to(x)
             plan = [(start, stop) for start, stop in plan if start >= late_start]
-            generator.set_state(remembered.noise)
+            for generator, state in zip(generators, remembered.noise, strict=True):
+                generator.set_state(state.clone())  # torch refuses a part of another tensor
 
         with tqdm(total=steps, initial=plan[0][0], disable=bool(disable)) as bar:
             for start, stop in plan:
@@ -172,7 +176,7 @@ def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> Sampler
                 if run.target == "step":
                     x = _adjust_state(x, lr_latent, stop - 1, steps, sigmas[stop], run)
                 if stop == late_start and late_state is not None:
-                    late_state.remember(x, generator.get_state())
+                    late_state.remember(x, torch.stack([generator.get_state() for generator in generators]))
         return x
 
     return sample
@@ -231,28 +235,47 @@ def _adjust_state(x: Tensor, lr_latent: Tensor, step: int, steps: int, sigma: Te
     return x if moved is state else vp_to_ve(moved, sigma)
 
 
-def _cpu_generator(seed: int | None) -> torch.Generator:
-    # seed + 1: ComfyUI 0.3.75 gives the first step the very noise that the run starts from; later versions add 1 too.
-    return torch.Generator().manual_seed(((seed or 0) + 1) % 2**64)
+def row_seeds(seed: int | None, rows: Sequence[int]) -> list[int]:
+    """Return a seed for the noise of the steps of each picture of a batch.
+
+    They follow from the picture's number alone, so that it comes out as it does alone. Seed + 1 for the first: ComfyUI
+    0.3.75 gives the first step the very noise that the run starts from; later versions add 1 too.
+
+    Args:
+        seed: of the run.
+        rows: number of each picture in the batch that its noise counts from, as in the host's `batch_index`.
+    """
+    return [((seed or 0) + 1 + row * _ROW_SEEDS) % 2**64 for row in rows]
 
 
 def _noise_sampler(
-    name: str, inner: SamplerFunction, x: Tensor, sigmas: Tensor, seed: int | None, generator: torch.Generator
+    name: str,
+    inner: SamplerFunction,
+    x: Tensor,
+    sigmas: Tensor,
+    seeds: list[int],
+    generators: list[torch.Generator],
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return one source of noise for all slices, or None for samplers that take none.
 
-    Each slice left to itself would draw the same noise again. Noise comes from the CPU: one seed, one picture, on any
-    device.
+    Each slice left to itself would draw the same noise again. Noise comes from the CPU (but for the samplers that are
+    there to draw it on the device): one seed, one picture, on any device.
     """
     if name.removesuffix("_gpu") in _BROWNIAN:
         low, high = sigmas[sigmas > 0].min(), sigmas.max()
         if low == high:
             return None  # a single step to zero draws no noise
         on_cpu = not name.endswith("_gpu")
-        return comfy.k_diffusion.sampling.BrownianTreeNoiseSampler(x, low, high, seed=seed, cpu=on_cpu)
+        # The host's samplers begin the path of the first picture from the seed itself.
+        paths = [(seed - 1) % 2**64 for seed in seeds]
+        return comfy.k_diffusion.sampling.BrownianTreeNoiseSampler(
+            x, low, high, seed=paths[0] if len(paths) == 1 else paths, cpu=on_cpu
+        )
     if "noise_sampler" not in inspect.signature(inner).parameters:
         return None
-    return lambda _sigma, _next: torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+    return lambda _sigma, _next: torch.cat(
+        [torch.randn((1, *x.shape[1:]), dtype=x.dtype, generator=generator) for generator in generators]
+    ).to(x.device)
 
 
 def _shifted(

@@ -130,7 +130,8 @@ class ClearSRLSAKSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The noise. The same seed gives the same picture; noise is drawn on the CPU.",
+                    tooltip="The noise. The same seed gives the same picture; noise is drawn on the CPU, but for "
+                    "samplers that end in _gpu.",
                 ),
                 widget(io.Int, "steps", default=50, min=1, max=1000, tooltip="Sampling steps. The paper uses 50."),
                 widget(
@@ -285,7 +286,8 @@ class ClearSRLSAKSampler(io.ComfyNode):
         sigmas = schedule_sigmas(NODE, model, steps, sampler_name, scheduler, denoise)
 
         whole = denoise >= 1.0
-        noise = comfy.sample.prepare_noise(x_lr, seed, lr_latent.get("batch_index"))
+        batch_index = lr_latent.get("batch_index")
+        noise = comfy.sample.prepare_noise(x_lr, seed, batch_index)
         noise_mask = lr_latent.get("noise_mask")
         # Everything that leads to the late phase; beta and its mask come after it.
         key = None
@@ -295,7 +297,7 @@ class ClearSRLSAKSampler(io.ComfyNode):
                     sampler_name,
                     sigmas,
                     seed,
-                    lr_latent.get("batch_index"),
+                    batch_index,
                     cfg,
                     cfg_start,
                     cfg_end,
@@ -314,6 +316,7 @@ class ClearSRLSAKSampler(io.ComfyNode):
             lr_latent=process_in(x_lr),
             ela_map=ela_map,
             lla_map=lla_map,
+            rows=None if batch_index is None else tuple(batch_index),
             start="host" if not whole else "lr" if start_from_lr else "noise",
             late_state=None if key is None else LateState(key, model),
         )

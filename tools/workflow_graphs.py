@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 NANO = "clearsr-nano.safetensors"
 # Measured on the first crops of RealSR (docs/NANO.md); the paper's 50 steps the whole way are the node's own defaults.
-NANO_SAMPLING: dict[str, object] = {"steps": 7, "denoise": 0.35, "strength_rule": "per step (paper)"}
+NANO_SAMPLING: dict[str, object] = {"steps": 7, "denoise": 0.35, "strength_rule": "over the phase"}
 WIDTH = 320
 
 
@@ -58,16 +58,17 @@ class Graph:
         return {name: number for number, name in enumerate((*self.nodes, *self.notes), start=1)}
 
 
-_SLIDERS = Note(
-    "Two sliders",
-    """**alpha** pulls the first steps towards the low-resolution picture: more faithful, calmer.
+def _sliders(numbers: str) -> Note:
+    return Note(
+        "Two sliders",
+        f"""**alpha** pulls the first steps towards the low-resolution picture: more faithful, calmer.
 
 **beta** pushes the last steps away from it: crisper, more detail.
 
-Start with both at 0, then try 0.02 to 0.05. Moving only beta repeats only the last steps.
+Start with both at 0, then try {numbers}. Moving only beta repeats only the last steps.
 """,
-    height=230,
-)
+        height=230,
+    )
 
 
 def _upscale(
@@ -108,14 +109,14 @@ CLEARSR_X4 = Graph(
             "ClearSR x4",
             """Choose a small, blurred or compressed picture (100 to 300 pixels) and press Run.
 
-The model is *nano*: small, complete in one file, trained by this pack's own `training` folder. It shows the whole
+The model is *nano*: small, complete in one file, trained by this pack's own `training` folder. It shows the
 method on any machine; it is no match for a full-size model.
 
 `example.png` stands for your picture: pick one in the node below.
 """,
             height=260,
         ),
-        "sliders": _SLIDERS,
+        "sliders": _sliders("0.03 to 0.1"),
     },
     columns=(
         Column("1  Picture", ("about", "image")),
@@ -157,7 +158,7 @@ Without them, use the workflow *clearsr_x4*.
 """,
             height=360,
         ),
-        "sliders": _SLIDERS,
+        "sliders": _sliders("0.02 to 0.05"),
     },
     columns=(
         Column("1  Picture", ("about", "image")),

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from clearsr_core.color import METHODS, ColorMethod
+from clearsr_core.color import ColorMethod, transfer
 from clearsr_core.lsa import LSAConfig, adjust
 from clearsr_core.schedule import Spacing, last_timesteps
 
@@ -118,7 +118,7 @@ def to_pixels(model: ClearSRModel, latents: Tensor, encoded: EncodedLR, color_fi
     if color_fix == "none":
         return image
     channels_last = (image.movedim(1, -1), encoded.upscaled.movedim(1, -1))
-    return METHODS[color_fix](*channels_last).clamp(0.0, 1.0).movedim(-1, 1)
+    return transfer(color_fix, *channels_last).movedim(-1, 1)
 
 
 @torch.no_grad()

@@ -158,14 +158,33 @@ def test_fixed_time_is_computed_once_and_exactly(lr, text, control_input, monkey
 def test_range_of_the_control(tiny, lr, text) -> None:
     """Outside start_percent..end_percent the network does not run; strength 0 does not run it at all."""
     for settings, expected in (
-        ({"end_percent": 0.5}, range(1, 4)),
-        ({"start_percent": 0.5}, range(1, 4)),
+        ({"end_percent": 0.5}, range(2, 3)),
+        ({"start_percent": 0.5}, range(2, 3)),
+        ({"start_percent": 0.25, "end_percent": 1.0}, range(3, 4)),
+        ({"start_percent": 1.0, "end_percent": 1.0}, range(1)),
         ({"dpm_strength": 0.0, "spm_strength": 0.0}, range(1)),
         ({"level_weights": "0,0,0,0,0"}, range(1)),
     ):
         with forwards(tiny) as calls:
             sample(apply(tiny, lr["latent"], **settings), text, lr["latent"], steps=4)
         assert len(calls) in expected, settings
+
+
+def test_the_range_is_one_of_this_run_where_it_starts_part_of_the_way(tiny, lr, caplog) -> None:
+    """With denoise 0.35 the first two thirds of the training's timesteps do not exist."""
+    settings = {"lr_latent": lr["latent"], "steps": 4, "denoise": 0.35, "alpha": 0.0, "beta": 0.0}
+    for range_, expected in (
+        ({"end_percent": 0.5}, 2),
+        ({"start_percent": 0.5}, 2),
+        ({}, 4),
+        ({"end_percent": 0.0}, 0),
+    ):
+        caplog.clear()
+        model = apply(tiny, lr["latent"], **range_)
+        with forwards(tiny) as calls:
+            rig.run("ClearSRLSAKSampler", model=model, **settings)
+        assert len(calls) == expected, range_
+        assert ("the control never acts" in caplog.text) == (expected == 0)
 
 
 def test_level_weights() -> None:

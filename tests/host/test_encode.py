@@ -204,3 +204,32 @@ def test_color_fix_sizes_and_strength() -> None:
     assert other.shape == image.shape
     with pytest.raises(ValueError, match="2 results and 3 reference"):
         rig.run("ClearSRColorFix", image=image, reference=rig.images(3, 32, 32))
+
+
+@pytest.mark.parametrize("method", ["wavelet", "adain", "lab"])
+def test_a_grey_picture_stays_grey(method) -> None:
+    """A model that draws coloured fringes must not colour a black-and-white photograph; only that one is grey."""
+    image, reference = rig.images(2, 64, 64, seed=1), rig.images(2, 64, 64, seed=2)
+    reference[0] = reference[0].mean(dim=-1, keepdim=True)
+    fixed = rig.run("ClearSRColorFix", image=image, reference=reference, method=method)
+    assert float((fixed[0].amax(dim=-1) - fixed[0].amin(dim=-1)).max()) < 1e-6
+    assert float(fixed[0].std()) > 0.01
+    assert float((fixed[1].amax(dim=-1) - fixed[1].amin(dim=-1)).max()) > 0.1
+    kept = rig.run("ClearSRColorFix", image=image, reference=reference, method=method, strength=0.0)
+    assert torch.equal(kept, image)
+
+
+@pytest.mark.parametrize(
+    ("size", "reference", "said"),
+    [
+        ((128, 128), (100, 70), False),  # the padding of LR Latent Encode
+        ((128, 128), (128, 128), False),
+        ((128, 128), (32, 32), True),  # the picture before it was enlarged
+        ((64, 64), (17, 23), False),
+        ((128, 64), (17, 23), True),
+        ((100, 100), (90, 90), True),
+    ],
+)
+def test_a_reference_of_another_size_is_told(caplog, size, reference, said) -> None:
+    rig.run("ClearSRColorFix", image=rig.images(1, *size), reference=rig.images(1, *reference))
+    assert ("which no padding explains" in caplog.text) == said

@@ -280,6 +280,23 @@ def test_same_seed_same_picture(controlled, lr) -> None:
     assert not torch.allclose(sample(controlled, lr, alpha=0.05, beta=0.05, seed=4), first, atol=1e-2)
 
 
+@pytest.mark.parametrize("sampler_name", ["ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm", "euler"])
+@pytest.mark.parametrize("start_from_lr", [True, False])
+def test_a_picture_of_a_batch_is_what_it_is_alone(tiny, sampler_name, start_from_lr) -> None:
+    """Also the one that LatentFromBatch takes out, and the late phase that is recalled."""
+    latent, _ = rig.run("ClearSRLREncode", clearsr=tiny["clearsr"], image=rig.images(3), scale=4.0)
+    first, last = ({**latent, "samples": latent["samples"][row : row + 1]} for row in (0, 2))
+    last["batch_index"] = [2]
+    model = rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=latent)
+    settings = {"sampler_name": sampler_name, "alpha": 0.05, "start_from_lr": start_from_lr, "scheduler": "normal"}
+    sample(model, {"latent": latent}, beta=0.0, **settings)
+    whole = sample(model, {"latent": latent}, beta=0.1, **settings)
+    for row, one in ((0, first), (2, last)):
+        alone = rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=one)
+        close(sample(alone, {"latent": one}, beta=0.1, **settings)[0], whole[row], 1e-4)
+    assert not torch.allclose(whole[0], whole[2], atol=1e-2)
+
+
 def test_global_random_state_does_not_matter(controlled, lr) -> None:
     first = sample(controlled, lr)
     torch.rand(7)
@@ -287,7 +304,7 @@ def test_global_random_state_does_not_matter(controlled, lr) -> None:
 
 
 def test_noise_of_the_first_step_is_not_the_start_noise(lr) -> None:
-    generator = lsa_sampler._cpu_generator(3)
+    generator = torch.Generator().manual_seed(lsa_sampler.row_seeds(3, [0])[0])
     shape = lr["latent"]["samples"].shape
     drawn = torch.randn(shape, generator=generator)
     assert not torch.equal(drawn, torch.randn(shape, generator=torch.Generator().manual_seed(3)))
