@@ -78,7 +78,13 @@ def prepare(
     if clearsr.image_encoder is not None:
         prompt = torch.randn(1, 1, clearsr.config.control.context_dim, generator=generator)
     size = (pixels, pixels)
-    entry: LREntry = {"image_prompt": prompt, "anchor": None, "content_size": size, "padded_size": size}
+    entry: LREntry = {
+        "encoded": samples,
+        "image_prompt": prompt,
+        "anchor": None,
+        "content_size": size,
+        "padded_size": size,
+    }
     return Scene(model, vae, clearsr, image, {"samples": samples, KEY: entry}, steps, cfg, tile)
 
 
