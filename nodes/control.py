@@ -103,8 +103,11 @@ def tiling_settings(
             f"further. Set tile_overlap to {max(unit, tile // 2 // unit * unit)} or less."
         )
     overlap = min(max(unit, -(-tile_overlap // unit) * unit), tile - unit)
-    why = f"tiles lie on a grid of {unit} pixels and have at least {smallest}"
-    for name, given, used in (("tile_size", tile_size, size), ("tile_overlap", tile_overlap, overlap)):
+    grid, least = f"tiles lie on a grid of {unit} pixels", f"a tile has at least {smallest} pixels"
+    for name, given, used, why in (
+        ("tile_size", tile_size, size, least if 0 < tile_size < smallest else grid),
+        ("tile_overlap", tile_overlap, overlap, grid),
+    ):
         if given != used:
             say(f"{NODE}: {name} is {given}, but {why}, so {used} is used.", logging.WARNING)
     return TilingSettings(size // PIXELS, overlap // PIXELS, max(1, tiles_per_batch), say)

@@ -287,6 +287,10 @@ def test_widgets_are_brought_to_the_grid(tiny, wide, caplog) -> None:
     assert "tile_size is 150, but tiles lie on a grid of 64 pixels, so 128 is used" in caplog.text
     assert "tile_overlap is 40, but tiles lie on a grid of 64 pixels, so 64 is used" in caplog.text
     assert torch.equal(sample(model, wide), sample(apply(tiny, wide, **SMALL), wide))
+    apply(tiny, wide, tile_size=64, tile_overlap=64)
+    assert "tile_size is 64, but a tile has at least 128 pixels, so 128 is used" in caplog.text
+    apply(tiny, wide, tile_size=128, tile_overlap=100)
+    assert "tile_overlap is 100, but tiles lie on a grid of 64 pixels, so 64 is used" in caplog.text
     for size, overlap in ((128, 128), (512, 1024), (0, 768)):
         with pytest.raises(ValueError, match=rf"tile_overlap is {overlap}, but a tile has only {size or 768} pixels"):
             apply(tiny, wide, tile_size=size, tile_overlap=overlap)
