@@ -621,6 +621,49 @@ def test_anything_else_repeats_everything(tiny, controlled, lr, text) -> None:
         assert len(calls) >= 4, change
 
 
+def test_every_input_but_beta_and_its_mask_repeats_everything(controlled, lr, text) -> None:
+    """Asked of the node itself, so that a new input cannot be forgotten in what the state is remembered by."""
+    other_text = [[text[0][0] + 0.1, {}]]
+    changes = {
+        "model": controlled.clone(),
+        "lr_latent": {**lr["latent"], "samples": lr["latent"]["samples"] * 1.01},
+        "seed": 5,
+        "steps": 8,
+        "cfg": 3.0,
+        "sampler_name": "euler",
+        "scheduler": "karras",
+        "denoise": 0.8,
+        "alpha": 0.06,
+        "ela_end": 0.5,
+        "lla_start": 0.75,
+        "target": "x0 (denoised)",
+        "start_from_lr": False,
+        "strength_rule": "over the phase",
+        "positive": other_text,
+        "negative": other_text,
+        "alpha_mask": torch.ones(1, 8, 8) * 0.5,
+        "cfg_start": 0.3,
+        "cfg_end": 0.7,
+    }
+    node = rig.nodes.NODE_CLASS_MAPPINGS["ClearSRLSAKSampler"]
+    inputs = {widget.id for widget in node.define_schema().inputs}
+    assert inputs - {"beta", "beta_mask"} == changes.keys()
+    settings = {"model": controlled, "lr_latent": lr["latent"], "seed": 3, "steps": 6, "cfg": 2.0, "alpha": 0.05}
+    settings |= {"beta": 0.1, "lla_start": 0.5}
+    for name, value in changes.items():
+        rig.run("ClearSRLSAKSampler", **settings)
+        remembered = late_state._last[0]
+        rig.run("ClearSRLSAKSampler", **{**settings, name: value})
+        assert not late_state._last or late_state._last[0] is not remembered, name
+    rig.run("ClearSRLSAKSampler", **settings)
+    remembered = late_state._last[0]
+    mask = torch.ones(1, 8, 8) * 0.5
+    for change in ({"beta": 0.2}, {"beta_mask": mask}):
+        with rig.count_calls(controlled.model, "apply_model") as calls:
+            rig.run("ClearSRLSAKSampler", **{**settings, **change})
+        assert len(calls) == 3
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

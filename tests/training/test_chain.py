@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from training import (
     train,
 )
 from training.autoencoder import build_autoencoder, normalise_latents
+from training.base import BaseSettings, BaseStage
 from training.base_model import BaseModel
 from training.checkpointing import Checkpointing, checkpoint_blocks
 from training.clearsr import ClearSRSettings, ClearSRStage
@@ -597,3 +599,36 @@ def test_the_best_by_what_a_stage_does_not_measure_is_refused(
     assert train.main([*command, f"--best={measure}", "--validate_every=1", f"--out={tmp_path}"]) == 1
     assert f"--best={measure}" in caplog.text
     assert "this stage" in caplog.text
+
+
+def test_the_objective_is_the_noise_of_the_step(chain: Path, tmp_path: Path) -> None:
+    """Eq. 1: nothing is lost where eps is the noise itself; x_0 in its place would not do. E' sees [-1, 1]."""
+    stage = _stage(chain, tmp_path)
+    batch = stage.make(0)
+    seen: list[Tensor] = []
+    real = stage.model.lr_encoder.forward
+    stage.model.lr_encoder.forward = lambda images: seen.append(images) or real(images)  # type: ignore[method-assign]
+    for answer, least, most in ((batch.noise, 0.0, 0.0), (torch.zeros_like(batch.noise), 0.5, 2.0)):
+        stage.model.eps = lambda *_, answer=answer: answer  # type: ignore[method-assign]
+        assert least <= float(stage.module(batch)[0]) <= most
+    assert float(seen[0].min()) < -0.5
+    base = BaseStage(
+        config.build(
+            BaseSettings,
+            {"steps": 1, "learning_rate": 1e-4, "crop": 64, "batch": 2, "crops": 0, "widths": [32, 32, 64, 64]},
+            {"vae": f"{chain}/autoencoder/vae", "data": f"{chain}/photographs", "out": f"{tmp_path}/base"},
+        )
+    )
+    base.start(range(2))
+    drawn = base.make(0)
+    base.unet.forward = lambda *_, **__: types.SimpleNamespace(sample=drawn.noise)  # type: ignore[method-assign]
+    assert float(base.module(drawn)[0]) == 0.0
+
+
+def test_every_step_draws_other_timesteps_and_degradations(chain: Path, tmp_path: Path) -> None:
+    stage = _stage(chain, tmp_path, degrade_on="device")
+    batches = [stage.make(step) for step in range(60)]
+    assert [batch.numbers.tolist() for batch in batches[:3] if batch.numbers is not None] == [[0, 1], [2, 3], [4, 5]]
+    timesteps = torch.cat([batch.timesteps for batch in batches])
+    assert int(timesteps.min()) < 100
+    assert int(timesteps.max()) > 900

@@ -13,7 +13,9 @@ from PIL import Image
 from clearsr_core import checkpoint
 from clearsr_core.checkpoint import Checkpoint
 from clearsr_core.config import SD21_NETWORKS, ClearSRConfig
+from clearsr_core.merge import merged
 from training import export, model_card, restore, snapshot, train
+from training.clearsr_model import ClearSRModel
 
 
 def arguments(chain: Path, out: Path, *more: str) -> list[str]:
@@ -208,3 +210,17 @@ def test_a_run_that_goes_on_is_exported_up_to_the_half_line_of_its_log(chain: Pa
         out = tmp_path / "out.safetensors"
         assert export.main([f"--run={tmp_path}/nano", f"--out={out}", f"--base={chain}/base"]) == 0
         assert "mean loss of the last steps" in checkpoint.read(out).training["metrics"]
+
+
+def test_the_adapters_in_the_file_are_as_strong_as_they_were_trained(chain: Path, tmp_path: Path) -> None:
+    """A host adds alpha / rank B A: with another alpha a trained LoRA would act many times too weakly there."""
+    tensors = checkpoint.read(chain / "nano" / "clearsr.safetensors").tensors
+    model = ClearSRModel.from_checkpoint(chain / "nano" / "clearsr.safetensors")
+    for part, module in (("unet_lora", model.unet), ("vae_lora", model.lr_encoder)):
+        layers = {name.removesuffix(".lora_A.weight") for name in tensors[part] if name.endswith(".lora_A.weight")}
+        assert layers
+        for layer in layers:
+            trained = module.get_submodule(layer)
+            a, b = (tensors[part][f"{layer}.lora_{factor}.weight"].float() for factor in "AB")
+            theirs = merged(torch.zeros_like(trained.base_layer.weight), a, b, tensors[part][f"{layer}.alpha"])
+            torch.testing.assert_close(theirs, trained.get_delta_weight("default"), rtol=1e-3, atol=1e-6)
