@@ -11,6 +11,7 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
+from clearsr_runs import apply
 
 lsa_module = rig.module("clearsr_core.lsa")
 schedule = rig.module("clearsr_core.schedule")
@@ -49,6 +50,22 @@ def stock_ksampler(model, latent, text, sampler_name, denoise):
         latent_image=latent,
         denoise=denoise,
     )["samples"]
+
+
+def custom(model, text, sampler, sigmas, latent, add_noise=True):
+    """ComfyUI's SamplerCustom with the settings of `sample`."""
+    return rig.run(
+        "SamplerCustom",
+        model=model,
+        add_noise=add_noise,
+        noise_seed=3,
+        cfg=1.0,
+        positive=text,
+        negative=text,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image=latent,
+    )[0]
 
 
 def reference_loop(loaded, lr, steps, lsa, spacing="leading", seed=3, from_lr=True, denoise=1.0):
@@ -177,36 +194,16 @@ def test_off_equals_the_hosts_ddpm(controlled, lr, text) -> None:
         options["noise_sampler"] = lambda _now, _next: torch.randn(x.shape, generator=generator)
         return comfy.k_diffusion.sampling.sample_ddpm(model, start, sigmas, **options)
 
-    expected = rig.run(
-        "SamplerCustom",
-        model=controlled,
-        add_noise=True,
-        noise_seed=3,
-        cfg=1.0,
-        positive=text,
-        negative=text,
-        sampler=comfy.samplers.KSAMPLER(host_ddpm),
-        sigmas=sigmas,
-        latent_image=lr["latent"],
-    )[0]["samples"]
+    expected = custom(controlled, text, comfy.samplers.KSAMPLER(host_ddpm), sigmas, lr["latent"])["samples"]
     assert torch.equal(sample(controlled, lr, steps=5), expected)
 
 
 def test_clearsr_sampler_and_scheduler_equal_the_ksampler(controlled, lr, text) -> None:
     """SamplerCustom with our SIGMAS and SAMPLER is LSA KSampler without the adjustment."""
-    custom = rig.run(
-        "SamplerCustom",
-        model=controlled,
-        add_noise=True,
-        noise_seed=3,
-        cfg=1.0,
-        positive=text,
-        negative=text,
-        sampler=rig.run("ClearSRSampler", start_from_lr=True),
-        sigmas=rig.run("ClearSRScheduler", model=controlled, steps=4, spacing="ddpm_leading"),
-        latent_image=lr["latent"],
-    )[0]["samples"]
-    assert torch.equal(custom, sample(controlled, lr))
+    sampler = rig.run("ClearSRSampler", start_from_lr=True)
+    sigmas = rig.run("ClearSRScheduler", model=controlled, steps=4, spacing="ddpm_leading")
+    ours = custom(controlled, text, sampler, sigmas, lr["latent"])["samples"]
+    assert torch.equal(ours, sample(controlled, lr))
 
 
 def test_cutting_is_exact_for_memoryless_samplers(tiny, lr, monkeypatch) -> None:
@@ -287,12 +284,12 @@ def test_a_picture_of_a_batch_is_what_it_is_alone(tiny, sampler_name, start_from
     latent, _ = rig.run("ClearSRLREncode", clearsr=tiny["clearsr"], image=rig.images(3), scale=4.0)
     first, last = ({**latent, "samples": latent["samples"][row : row + 1]} for row in (0, 2))
     last["batch_index"] = [2]
-    model = rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=latent)
+    model = apply(tiny, latent)
     settings = {"sampler_name": sampler_name, "alpha": 0.05, "start_from_lr": start_from_lr, "scheduler": "normal"}
     sample(model, {"latent": latent}, beta=0.0, **settings)
     whole = sample(model, {"latent": latent}, beta=0.1, **settings)
     for row, one in ((0, first), (2, last)):
-        alone = rig.run("ClearSRControlApply", model=tiny["model"], clearsr=tiny["clearsr"], lr_latent=one)
+        alone = apply(tiny, one)
         close(sample(alone, {"latent": one}, beta=0.1, **settings)[0], whole[row], 1e-4)
     assert not torch.allclose(whole[0], whole[2], atol=1e-2)
 
@@ -351,38 +348,20 @@ def test_schedules_that_begin_at_the_top_are_told_from_parts(controlled) -> None
                 assert not top(sampling, part), (name, steps)
 
 
-def custom(model, lr, text, sigmas, latent, add_noise=True, **settings):
-    return rig.run(
-        "SamplerCustom",
-        model=model,
-        add_noise=add_noise,
-        noise_seed=3,
-        cfg=1.0,
-        positive=text,
-        negative=text,
-        sampler=rig.run("ClearSRSampler", **settings),
-        sigmas=sigmas,
-        latent_image=latent,
-    )[0]
-
-
 def test_clearsr_sampler_goes_on_with_a_part_of_the_schedule(tiny, lr, text) -> None:
     """The rest of a split schedule, or a part for denoising a picture, is not begun anew from noise."""
     model = ideal(tiny, lr)
     sigmas = rig.run("ClearSRScheduler", model=model, steps=10, spacing="ddpm_leading")
-    first = custom(model, lr, text, sigmas[:6], lr["latent"])
+    from_lr, as_given = (rig.run("ClearSRSampler", start_from_lr=value) for value in (True, False))
+    first = custom(model, text, from_lr, sigmas[:6], lr["latent"])
     for latent, rest, add_noise in (
         (first, sigmas[5:], False),  # SplitSigmas and DisableNoise
         (lr["latent"], sigmas[6:], True),  # image to image
     ):
-        on, off = (
-            custom(model, lr, text, rest, latent, add_noise, start_from_lr=value)["samples"] for value in (True, False)
-        )
+        on, off = (custom(model, text, sampler, rest, latent, add_noise)["samples"] for sampler in (from_lr, as_given))
         assert torch.equal(on, off)
     # A whole schedule is still started from x_lr at the last training step.
-    on, off = (
-        custom(model, lr, text, sigmas[:2], lr["latent"], start_from_lr=value)["samples"] for value in (True, False)
-    )
+    on, off = (custom(model, text, sampler, sigmas[:2], lr["latent"])["samples"] for sampler in (from_lr, as_given))
     assert not torch.equal(on, off)
 
 
@@ -561,13 +540,7 @@ def test_moving_only_beta_repeats_only_the_late_steps(controlled, lr, sampler_na
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 50])
 def test_what_is_recalled_is_what_a_whole_run_would_give(tiny, lr, every) -> None:
     """A control that is computed now and then must be as old in the late phase as it would have been."""
-    model = rig.run(
-        "ClearSRControlApply",
-        model=tiny["model"],
-        clearsr=tiny["clearsr"],
-        lr_latent=lr["latent"],
-        control_every=every,
-    )
+    model = apply(tiny, lr["latent"], control_every=every)
     settings = {"steps": 8, "alpha": 0.05, "lla_start": 0.5}  # the late phase begins at step 4
     sample(model, lr, beta=0.0, **settings)
     with rig.count_calls(model.model, "apply_model") as calls:

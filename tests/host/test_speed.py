@@ -6,6 +6,7 @@ import clearsr_rig as rig
 import comfy.ldm.modules.attention as host_kernels
 import pytest
 import torch
+from clearsr_runs import apply
 from torch.utils._python_dispatch import TorchDispatchMode
 
 hooks = rig.module("nodes.control_hooks")
@@ -45,13 +46,7 @@ def test_both_halves_of_guidance_share_memory() -> None:
 @pytest.mark.parametrize(("every", "expected"), [(1, 10), (2, 5), (3, 4), (5, 2), (10, 1), (50, 1)])
 def test_control_is_computed_as_often_as_asked_for(tiny, lr, every, expected) -> None:
     """Once for both halves of guidance, and anew at every n-th step only."""
-    model = rig.run(
-        "ClearSRControlApply",
-        model=tiny["model"],
-        clearsr=tiny["clearsr"],
-        lr_latent=lr["latent"],
-        control_every=every,
-    )
+    model = apply(tiny, lr["latent"], control_every=every)
     with rig.count_calls(tiny["clearsr"].control.model.dpm, "forward") as calls:
         sample(model, lr, steps=10, cfg=2.0)
     assert len(calls) == expected
