@@ -80,7 +80,10 @@ class ClearSRModel(nn.Module):
         values = {f"{part}.{name}": value for part, table in tensors.items() for name, value in table.items()}
         with torch.no_grad():
             for name, parameter in model.trainable().items():
-                parameter.copy_(values[name])
+                # Ours train with alpha = rank: a file of another strength holds it in its second factor from here on.
+                layer = name.removesuffix(".lora_B.weight")
+                gain = 1.0 if layer == name else float(values[f"{layer}.alpha"]) / config.lora_rank
+                parameter.copy_(values[name] * gain)
         return model.eval()
 
     def trainable(self) -> dict[str, nn.Parameter]:

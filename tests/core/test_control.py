@@ -119,10 +119,8 @@ def test_any_size_gives_the_sizes_of_the_unet(height, width, option):
 def test_spm_has_no_attention_and_the_outputs_of_dpm():
     control = network()
     assert not any("attention" in name or "attn" in name for name, _ in control.spm.named_modules())
-    assert (
-        control.spm.controlnet_down_blocks[0].weight.data_ptr()
-        != control.dpm.controlnet_down_blocks[0].weight.data_ptr()
-    )
+    shared = {id(parameter) for parameter in control.dpm.parameters()} & {id(p) for p in control.spm.parameters()}
+    assert not shared
     both = [name for name, _ in control.dpm.named_parameters() if "attentions" not in name]
     assert both == [name for name, _ in control.spm.named_parameters()]
 
@@ -150,6 +148,49 @@ def test_fixed_time_makes_the_control_independent_of_the_step():
     at_zero = network()(lr_latent, torch.zeros_like(timestep), context)
     assert same(fixed(lr_latent, timestep, context), at_zero)
     assert not same(network()(lr_latent, timestep, context), at_zero)
+
+
+@torch.no_grad()
+def test_the_fixed_timestep_is_the_one_of_the_configuration():
+    lr_latent, timestep, context, _ = inputs()
+    later = network(changed(TINY, control_time="fixed", fixed_timestep=300))
+    assert same(later(lr_latent, timestep, context), network()(lr_latent, torch.tensor([300, 300]), context))
+    assert not same(later(lr_latent, timestep, context), network()(lr_latent, timestep * 0, context))
+
+
+@torch.no_grad()
+def test_the_copied_convolution_reads_what_it_read_in_the_unet():
+    """x_t where the control has it, x_lr otherwise; what is added for x_lr starts at zero (METHOD 3.1)."""
+
+    def note(seen, name, _module, arguments):
+        seen[name] = arguments[0]
+
+    lr_latent, timestep, context, x_t = inputs()
+    for control_input, expected in (
+        ("lr", {"conv_in": lr_latent}),
+        ("lr+xt", {"conv_in": x_t, "conv_in_lr": lr_latent}),
+    ):
+        control = network(changed(TINY, control_input=control_input))
+        for encoder in (control.dpm, control.spm):
+            seen = {}
+            for name in expected:
+                getattr(encoder, name).register_forward_pre_hook(functools.partial(note, seen, name))
+            control(lr_latent, timestep, context, x_t)
+            assert all(torch.equal(seen[name], value) for name, value in expected.items())
+
+
+@torch.no_grad()
+def test_a_transformer_block_is_written_down_in_its_order():
+    """Self-attention, text, window attention to x_lr, feed-forward; each on its norm, each with its residual."""
+    block = network().dpm.down_blocks[0].attentions[0].transformer_blocks[0]
+    generator = torch.Generator().manual_seed(2)
+    x, x_lr = torch.randn(1, 64, 32, generator=generator), torch.randn(1, 8, 8, 4, generator=generator)
+    context = torch.randn(1, 7, 16, generator=generator)
+    expected = x + block.attn1(block.norm1(x))
+    expected = expected + block.attn2(block.norm2(expected), context)
+    expected = expected + block.window_attention(block.norm_window(expected), (8, 8), x_lr)
+    expected = expected + block.ff(block.norm3(expected))
+    assert torch.equal(block(x, (8, 8), context, x_lr), expected)
 
 
 @torch.no_grad()
@@ -249,6 +290,21 @@ def test_initialisation_is_the_generators_alone():
         assert torch.equal(a, b), name
     table = first.dpm.down_blocks[0].attentions[0].transformer_blocks[0].window_attention.relative_bias.weight
     assert 0 < float(table.detach().abs().max()) <= 0.04
+
+
+@torch.no_grad()
+def test_new_layers_begin_uniform_in_the_bound_of_their_fan_in():
+    """+-1 / sqrt(fan_in), filled to its ends; norms at identity."""
+    control = ClearSRControl(TINY)
+    initialise_fresh(control, torch.Generator().manual_seed(5))
+    block = control.dpm.down_blocks[0].attentions[0].transformer_blocks[0]
+    resnet = control.spm.down_blocks[0].resnets[0]
+    for layer, fan_in in ((resnet.conv1, 32 * 9), (resnet.time_emb_proj, 128), (block.window_attention.to_k, 4)):
+        bound = fan_in**-0.5
+        assert 0.9 * bound < float(layer.weight.abs().max()) <= bound
+        assert float(layer.weight.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert layer.bias is None or 0 < float(layer.bias.abs().max()) <= bound
+    assert (resnet.norm1.weight == 1).all() and not resnet.norm1.bias.any()
 
 
 def test_weights_of_a_unet_are_copied_into_both_modules():

@@ -72,6 +72,15 @@ def test_phases_of_fifty_steps():
     assert torch.equal(adjust(x, x_lr, 44, 50, lsa), lla(x, x_lr, 0.01))
 
 
+@pytest.mark.parametrize(
+    ("steps", "early", "late"),
+    [(1, 0, 1), (2, 1, 1), (4, 1, 1), (5, 2, 1), (7, 2, 1), (15, 5, 2), (20, 6, 2), (25, 8, 3), (50, 15, 6)],
+)
+def test_a_phase_is_the_nearest_number_of_steps_and_one_at_least(steps, early, late):
+    """0.3 x 5 = 1.5 rounds up, 0.3 x 7 = 2.1 down, 0.12 x 4 = 0.48 would be none and is one."""
+    assert phase_lengths(steps, LSAConfig()) == (early, late)
+
+
 @settings(max_examples=100, deadline=None)
 @given(steps=st.integers(1, 200), limits=st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_phases_are_in_order_and_exist_where_there_is_room(steps, limits):

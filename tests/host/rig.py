@@ -133,7 +133,7 @@ def draw(shapes: dict[str, tuple[int, ...]], generator: torch.Generator, gain: f
     for name, shape in shapes.items():
         shape = tuple(3 if side == -1 else side for side in shape)
         if name.endswith("alpha"):
-            weights[name] = torch.tensor(4.0)
+            weights[name] = torch.tensor(2.0)  # another strength than that of alpha = rank
         elif len(shape) < 2:
             weights[name] = torch.ones(shape) if "norm" in name and name.endswith("weight") else torch.zeros(shape)
             if any(part in name for part in ("in_layers.0.weight", "out_layers.0.weight", "out.0.weight")):

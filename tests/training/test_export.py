@@ -224,3 +224,22 @@ def test_the_adapters_in_the_file_are_as_strong_as_they_were_trained(chain: Path
             a, b = (tensors[part][f"{layer}.lora_{factor}.weight"].float() for factor in "AB")
             theirs = merged(torch.zeros_like(trained.base_layer.weight), a, b, tensors[part][f"{layer}.alpha"])
             torch.testing.assert_close(theirs, trained.get_delta_weight("default"), rtol=1e-3, atol=1e-6)
+
+
+def test_a_file_of_another_lora_strength_acts_as_in_a_host(chain: Path, tmp_path: Path) -> None:
+    """alpha / rank is part of the weights: twice the second factor at half the alpha is the same model."""
+    stored = checkpoint.read(chain / "nano" / "clearsr.safetensors")
+    tensors = {part: dict(table) for part, table in stored.tensors.items()}
+    for part in ("unet_lora", "vae_lora"):
+        for name, value in tensors[part].items():
+            if name.endswith(".alpha"):
+                tensors[part][name] = value / 2
+            elif name.endswith(".lora_B.weight"):
+                tensors[part][name] = value * 2
+    checkpoint.write(tmp_path / "other.safetensors", Checkpoint(stored.config, stored.training, tensors))
+    first, second = (
+        ClearSRModel.from_checkpoint(path).trainable()
+        for path in (chain / "nano" / "clearsr.safetensors", tmp_path / "other.safetensors")
+    )
+    assert any(value.any() for name, value in first.items() if name.endswith(".lora_B.weight"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -123,6 +123,64 @@ def test_finish_sees_the_averaged_weights(tmp_path: Path) -> None:
         assert not torch.equal(value, stored[f"model.{name}"])
 
 
+def written_down(settings: loop.LoopSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the toy's weights and their averages after the run of `settings`, by the formulas alone, in float64."""
+    toy = Toy()
+    toy.start(range(settings.batch))
+    toy.module.double()
+    values = {name: value.detach().clone() for name, value in toy.trainable().items()}
+    averages = {name: value.clone() for name, value in values.items()}
+    first, second = ({name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2))
+    for step in range(settings.steps):
+        for name, parameter in toy.trainable().items():
+            parameter.data.copy_(values[name])
+            parameter.grad = None
+        inputs, targets, broken = toy.batch(step)
+        toy.module(ToyBatch(inputs.double(), targets.double(), broken))[0].backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in toy.trainable().items()}  # type: ignore[union-attr]
+        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+        rate = settings.learning_rate * min(1.0, (step + 1) / settings.warmup)
+        if settings.decay == "linear":
+            rate *= (settings.steps - step) / settings.steps
+        for name, gradient in gradients.items():
+            clipped = gradient * min(1.0, settings.clip / norm)
+            first[name] = 0.9 * first[name] + 0.1 * clipped
+            second[name] = 0.999 * second[name] + 0.001 * clipped**2
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+            values[name] = values[name] - rate * mean / (square.sqrt() + 1e-8)
+            kept = min(settings.ema, (step + 1) / (step + 10))
+            averages[name] = kept * averages[name] + (1 - kept) * values[name]
+    return values, averages
+
+
+@pytest.mark.parametrize(
+    "changes", [{"clip": 0.2}, {"decay": "constant", "clip": 100.0}, {"ema": 0.5}, {"steps": 3, "warmup": 10}]
+)
+def test_a_run_is_adam_with_clipping_schedule_and_average_as_written(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """Adam (beta 0.9, 0.999), the gradient's norm cut, warm-up, decay to zero, and the average that begins short."""
+    ours = settings(tmp_path, **changes)
+    loop.run(Toy(), ours, {})
+    stored = final_state(tmp_path)
+    values, averages = written_down(ours)
+    for name, value in values.items():
+        torch.testing.assert_close(stored[f"model.{name}"].double(), value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(stored[f"ema.{name}"].double(), averages[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_result_made_from_a_snapshot_is_of_the_averaged_weights(tmp_path: Path) -> None:
+    for kind, ema in (("ema", 0.9), ("model", 0.0)):
+        ours, toy = settings(tmp_path / kind, ema=ema), Toy()
+        loop.run(Toy(), ours, {})
+        loop.finish_from_snapshot(toy, ours, {})
+        assert toy.finished
+        stored = final_state(tmp_path / kind)
+        assert all(torch.equal(value, stored[f"{kind}.{name}"]) for name, value in toy.trainable().items())
+    with pytest.raises(snapshot.SnapshotError, match="no snapshot to make a result of"):
+        loop.finish_from_snapshot(Toy(), settings(tmp_path / "nothing"), {})
+
+
 def test_starting_from_another_run_takes_its_averaged_weights(tmp_path: Path) -> None:
     loop.run(Toy(), settings(tmp_path / "first"), {})
     stored = final_state(tmp_path / "first")
@@ -163,6 +221,16 @@ def test_the_best_validation_is_kept_beyond_the_newest_snapshots(tmp_path: Path)
     assert snapshot.read(tmp_path / "best_00000014.safetensors").step == 14
     assert len(list(tmp_path.glob("state_*.safetensors"))) == 3
     assert max(run_folder.validations(tmp_path, "psnr")) == 0.0
+
+
+@pytest.mark.parametrize(("measure", "kept"), [("psnr", 14), ("ssim", 14), ("niqe", 6)])
+def test_the_best_is_the_highest_but_for_niqe_the_lowest(tmp_path: Path, measure: str, kept: int) -> None:
+    class Measured(Toy):
+        def validate(self, step: int, folder: Path) -> dict[str, float]:
+            return {measure: float(-((step - 14) ** 2) if measure != "niqe" else (step - 6) ** 2)}
+
+    loop.run(Measured(), settings(tmp_path, validate_every=2, best=measure), {})
+    assert [path.name for path in tmp_path.glob("best_*")] == [f"best_{kept:08d}.safetensors"]
 
 
 def test_one_folder_takes_one_run(tmp_path: Path) -> None:
