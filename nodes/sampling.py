@@ -287,7 +287,8 @@ class ClearSRLSAKSampler(io.ComfyNode):
 
         whole = denoise >= 1.0
         batch_index = lr_latent.get("batch_index")
-        noise = comfy.sample.prepare_noise(x_lr, seed, batch_index)
+        # The numbers of the host's prepare_noise, which seeds torch's global generator with them.
+        noise = comfy.sample.prepare_noise_inner(x_lr, torch.Generator().manual_seed(seed), batch_index)
         noise_mask = lr_latent.get("noise_mask")
         # Everything that leads to the late phase; beta and its mask come after it.
         key = None

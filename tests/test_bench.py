@@ -41,6 +41,8 @@ def series(cfg=2.0, pace=(1.0, 2.0)):
 def test_ratios_are_of_one_round() -> None:
     """A machine that halves its pace changes no ratio."""
     assert report.ratio([2.0, 6.0], [1.0, 3.0]) == 2.0
+    # The median of the rounds' ratios 3, 2, 1: sums, means and medians before dividing all give something else.
+    assert report.ratio([3.0, 20.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
     assert report.outside(series()["ways"]["ours"]) == pytest.approx(0.06 / 6.06)
 
 

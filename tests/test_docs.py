@@ -130,14 +130,32 @@ def test_references_name_real_functions_and_tests(document):
     assert not [problem for problem in problems if problem]
 
 
+def tables(document: Path) -> list[list[dict[str, str]]]:
+    """Return the tables of a document as rows of cells by the names of their columns."""
+    found, header = [], None
+    for line in document.read_text("utf-8").splitlines():
+        if not re.match(r"\|.*\|\s*$", line):
+            header = None
+            continue
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if header is None:
+            header = cells
+            found.append([])
+        elif not re.fullmatch(r"[\s:|-]+", line):
+            found[-1].append(dict(zip(header, cells, strict=True)))
+    return found
+
+
 def test_the_paper_map_points_from_every_row_to_code_and_to_a_test():
-    if not PAPER_MAP.exists():
-        return
-    rows = [line for line in PAPER_MAP.read_text("utf-8").splitlines() if re.match(r"\|.*\|\s*$", line)]
-    rows = [row for row in rows if not re.match(r"\|[\s:|-]+\|\s*$", row)]
-    references = [[code for code in CODE.findall(row) if REFERENCE.match(code)] for row in rows]
-    assert sum(bool(found) for found in references) >= 8, "the map names hardly any function as `path.py::name`"
-    assert any(code.startswith("tests/") for found in references for code in found)
+    found = tables(PAPER_MAP)
+    assert sum(map(len, found)) > 40
+    for row in [row for table in found for row in table]:
+        named = {name: [code for code in CODE.findall(cell) if REFERENCE.match(code)] for name, cell in row.items()}
+        assert row.keys() & {"Code", "Test"}, row
+        if "Code" in row:
+            assert any(not code.startswith("tests/") for code in named["Code"]), row
+        if "Test" in row:
+            assert named["Test"] and all(code.startswith("tests/") for code in named["Test"]), row
 
 
 def test_every_row_of_the_matrix_is_a_test_and_every_test_a_row():

@@ -22,6 +22,27 @@ def test_color_methods_do_what_they_say() -> None:
     assert float((lightness - kept).abs().mean()) < 3.0
 
 
+def test_the_coarse_band_is_the_one_that_is_written_down() -> None:
+    """Decision 0012: [1 2 1] / 4 in both directions at dilations 1 to 16, edges repeated; here as sums of shifts."""
+    image, reference = torch.rand(2, 1, 45, 37, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def coarse(band: torch.Tensor) -> torch.Tensor:
+        for step in (1, 2, 4, 8, 16):
+            for dim in (1, 2):
+                index = torch.arange(band.shape[dim])
+                before, after = (
+                    band.index_select(dim, (index + way).clamp(0, len(index) - 1)) for way in (-step, step)
+                )
+                band = (before + 2 * band + after) / 4
+        return band
+
+    torch.testing.assert_close(color.wavelet(image, reference), image - coarse(image) + coarse(reference))
+    ours, theirs = color._rgb_to_lab(image), color._rgb_to_lab(reference)
+    colours = ours[..., 1:] - coarse(ours[..., 1:]) + coarse(theirs[..., 1:])
+    expected = color._lab_to_rgb(torch.cat([ours[..., :1], colours], dim=-1))
+    torch.testing.assert_close(color.lab(image, reference), expected)
+
+
 def test_only_coarse_colour_is_taken() -> None:
     """Detail of the reference below the coarse band does not reach the result: nothing of a checkerboard."""
     rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")

@@ -7,6 +7,7 @@ import comfy.model_management
 import numpy as np
 import pytest
 import torch
+from clearsr_runs import textured
 
 pictures = rig.module("nodes.pictures")
 
@@ -99,6 +100,31 @@ def test_target_size(tiny) -> None:
     ):
         _, enlarged = encode(tiny, rig.images(1, 16, 8), **settings)
         assert tuple(enlarged.shape[1:3]) == size
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear", "area", "nearest-exact"])
+def test_the_picture_is_enlarged_by_the_chosen_method(tiny, method) -> None:
+    """Against torch; bicubic, of training and paper, unless another one is chosen."""
+    image = torch.rand(1, 9, 12, 3, generator=torch.Generator().manual_seed(2))
+    smooth = {"antialias": True, "align_corners": False} if method.startswith("bi") else {}
+    expected = torch.nn.functional.interpolate(image.movedim(-1, 1), (36, 48), mode=method, **smooth)
+    _, enlarged = encode(tiny, image, resize=method)
+    torch.testing.assert_close(enlarged, expected.movedim(1, -1).clamp(0, 1))
+    _, default = encode(tiny, image)
+    assert torch.equal(default, enlarged) == (method == "bicubic")
+
+
+def test_tiles_that_overlap_hide_their_borders(monkeypatch) -> None:
+    """Nano's x_lr in tiles is close to that in one piece, closer than tiles that overlap by 8 pixels are."""
+    _, _, clearsr = rig.run("ClearSRLoader", checkpoint="clearsr-nano.safetensors")
+    image = textured(1, 96, 80)
+    whole, _ = encode({"clearsr": clearsr}, image, scale=4.0)
+    apart, module = [], rig.module("nodes.encode")
+    for overlap in (module.TILE_OVERLAP, 8):
+        monkeypatch.setattr(module, "TILE_OVERLAP", overlap)
+        tiled, _ = encode({"clearsr": clearsr}, image, scale=4.0, tile_size=192)
+        apart.append(float((tiled["samples"] - whole["samples"]).square().mean().sqrt() / whole["samples"].std()))
+    assert 0.0 < apart[0] < 0.8 * apart[1]
 
 
 def test_tiled_encoding_is_close_and_small_pictures_are_not_tiled(tiny) -> None:

@@ -44,7 +44,9 @@ def test_out_of_memory_goes_on_with_less(tiny, wide, caplog, monkeypatch) -> Non
         assert len(said) == 2 and "tiles at a time (1)" in said[0] and "128 x 128 pixels" in said[1]
 
 
-def test_out_of_memory_in_one_piece_goes_on_in_tiles(tiny, wide, monkeypatch) -> None:
+@pytest.mark.parametrize("overlap", [64, 192])
+def test_out_of_memory_in_one_piece_goes_on_in_tiles(tiny, wide, monkeypatch, overlap) -> None:
+    """With the overlap that was asked for, but no more than half of a smaller tile."""
     expected = sample(apply(tiny, wide, **SMALL), wide)
     monkeypatch.setattr(tiled, "_SMALLER_SIDES", (SIDE,))
     network = tiny["clearsr"].control.model
@@ -56,7 +58,7 @@ def test_out_of_memory_in_one_piece_goes_on_in_tiles(tiny, wide, monkeypatch) ->
         return inner(x_lr, *more, **options)
 
     monkeypatch.setattr(network, "forward", forward)
-    assert torch.equal(sample(apply(tiny, wide, tile_overlap=64), wide), expected)
+    assert torch.equal(sample(apply(tiny, wide, tile_overlap=overlap), wide), expected)
 
 
 @pytest.mark.parametrize(

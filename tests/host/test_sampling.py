@@ -295,9 +295,23 @@ def test_a_picture_of_a_batch_is_what_it_is_alone(tiny, sampler_name, start_from
 
 
 def test_global_random_state_does_not_matter(controlled, lr) -> None:
+    """Nor is it moved: what other nodes draw after a run is what they would have drawn before it."""
     first = sample(controlled, lr)
+    late_state._last.clear()  # nothing of it is recalled
     torch.rand(7)
+    before = torch.get_rng_state()
     assert torch.equal(sample(controlled, lr), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_node_moves_the_global_random_state(tiny) -> None:
+    before = torch.get_rng_state()
+    model, vae, clearsr = rig.run("ClearSRLoader", checkpoint=tiny["name"])
+    latent, enlarged = rig.run("ClearSRLREncode", clearsr=clearsr, image=rig.images(), scale=4.0)
+    result = {"samples": sample(apply({"model": model, "clearsr": clearsr}, latent), {"latent": latent}, cfg=2.0)}
+    decoded = rig.run("VAEDecode", samples=result, vae=vae)
+    rig.run("ClearSRColorFix", image=decoded, reference=enlarged)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_noise_of_the_first_step_is_not_the_start_noise(lr) -> None:
@@ -423,17 +437,32 @@ def test_patch_keeps_the_hooks_of_others(tiny, lr) -> None:
 # ---- masks ----------------------------------------------------------------------------------------------------------
 
 
-def test_masks(controlled, lr) -> None:
-    """Black is off, white is on; a half mask moves its half of the latent at the adjusted step."""
-    settings = {"steps": 1, "alpha": 0.5, "ela_end": 1.0, "lla_start": 1.0}
-    off, on = sample(controlled, lr, steps=1), sample(controlled, lr, **settings)
-    assert torch.equal(sample(controlled, lr, alpha_mask=torch.zeros(1, 64, 64), **settings), off)
-    torch.testing.assert_close(sample(controlled, lr, alpha_mask=torch.ones(32, 20), **settings), on)
+@pytest.mark.parametrize("target", ["step (paper)", "x0 (denoised)"])
+@pytest.mark.parametrize(
+    ("mask_name", "other", "strengths"),
+    [
+        ("alpha_mask", "beta_mask", {"alpha": 0.5, "ela_end": 1.0, "lla_start": 1.0}),
+        ("beta_mask", "alpha_mask", {"beta": 0.5, "ela_end": 0.0, "lla_start": 0.0}),
+    ],
+)
+def test_masks(controlled, lr, mask_name, other, strengths, target) -> None:
+    """Black is off, white is on; a half mask moves its half of the latent at the adjusted step; each has its own."""
+    settings = {"steps": 1, "target": target, **strengths}
     mask = torch.zeros(1, 64, 64)
     mask[:, :, 32:] = 1.0
-    half = sample(controlled, lr, alpha_mask=mask, **settings)
+
+    def run(**more):
+        late_state._last.clear()
+        return sample(controlled, lr, **more)
+
+    off, on = run(steps=1), run(**settings)
+    assert not torch.allclose(off, on, rtol=0.05)
+    assert torch.equal(run(**{mask_name: torch.zeros(1, 64, 64)}, **settings), off)
+    torch.testing.assert_close(run(**{mask_name: torch.ones(32, 20)}, **settings), on)
+    half = run(**{mask_name: mask}, **settings)
     torch.testing.assert_close(half[..., :3], off[..., :3])
     torch.testing.assert_close(half[..., 5:], on[..., 5:])
+    assert torch.equal(run(**{other: torch.zeros(1, 64, 64)}, **settings), on)
 
 
 def test_mask_lies_on_the_picture_not_on_its_padding() -> None:

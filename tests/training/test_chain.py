@@ -103,7 +103,7 @@ def test_exactly_the_declared_parameters_move(chain: Path) -> None:
     fresh = ClearSRModel(BaseModel.load(chain / "base"), model.control.config, 16, "pooled", 0)
     trained = model.trainable()
     moved = {name for name, value in fresh.trainable().items() if not torch.equal(value.half(), trained[name].half())}
-    for part in ("dpm.", "spm.", "unet_lora.", "vae_lora."):
+    for part in ("dpm.", "spm.", "unet_lora.", "vae_lora.", "image_encoder."):
         assert any(name.startswith(part) for name in moved), part
 
 

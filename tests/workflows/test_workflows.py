@@ -11,6 +11,8 @@ from PIL import Image
 
 from tests.live_hosts import VERSIONS, object_info, server
 from tools.demo import only_node
+from tools.hosts import NEWEST
+from tools.make_locales import TARGET, definitions
 from tools.make_workflows import api_form, editor_form, inputs_of, options_of, widget_names
 from tools.server import PACK_FOLDER
 from tools.terminal import ToolError
@@ -158,3 +160,8 @@ def test_a_missing_checkpoint_is_refused_with_node_and_input(client):
     only_node(prompt, "ClearSRLoader")[1]["checkpoint"] = "no_such_file.safetensors"
     with pytest.raises(ToolError, match=r"ClearSRLoader \(2\).*no_such_file"):
         client.run(prompt)
+
+
+def test_the_english_texts_are_those_of_the_nodes():
+    """A translator starts from the file; the editor shows it in place of the schema's own texts."""
+    assert read(TARGET) == definitions(object_info(NEWEST)), "run `python -m tools.make_locales`"
