@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
+LATENT_SCALE = 0.18215  # of Stable Diffusion 1 and 2: model units = VAE latent * LATENT_SCALE
+
 Config = TypeVar("Config", "ControlConfig", "BaseConfig", "ClearSRConfig")
 
 
@@ -125,7 +127,7 @@ class ClearSRConfig:
     lora_rank: int = 16  # of both LoRAs; 0 = none trained
     prompt_mode: Literal["pooled", "patch", "null"] = "pooled"  # image prompt p: pooled feature, patch tokens, or none
     anchor: Literal["lr_encoder", "plain"] = "lr_encoder"  # x_lr of the start and LSA: with LoRA, or without
-    latent_scale: float = 0.18215  # model units = VAE latent * latent_scale
+    latent_scale: float = LATENT_SCALE  # model units = VAE latent * latent_scale; another one needs a base of its own
     prediction: Literal["eps"] = "eps"
     base: BaseConfig | None = None  # None: needs the user's SD 2.1-base; else the file carries these networks
     base_fingerprint: str = ""  # of the UNet that it was trained on (fingerprint.py); "" = not recorded
@@ -146,6 +148,8 @@ class ClearSRConfig:
             )
         if not self.latent_scale > 0:
             raise ValueError(f"latent_scale {self.latent_scale} must be above 0")
+        if self.base is None and self.latent_scale != LATENT_SCALE:
+            raise ValueError(f"latent_scale is {self.latent_scale}, but that of SD 2.1-base is {LATENT_SCALE}")
         rows = self.latent_rgb
         if rows is not None and (len(rows) != self.control.latent_channels or any(len(row) != 3 for row in rows)):
             raise ValueError(f"latent_rgb must have {self.control.latent_channels} rows of 3 numbers, not {rows}")

@@ -11,13 +11,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from clearsr_core.config import LATENT_SCALE
+
 from . import provenance, snapshot
 from .batches import Ahead, DataSettings
 from .clearsr_model import ClearSRModel
 from .degradation import Preset
 from .discriminator import PatchDiscriminator, adversarial_losses
 from .linear_start import fit_ends, start_linear
-from .models import LATENT_SCALE, build_autoencoder
+from .models import build_autoencoder
 from .perceptual import EffLite
 from .photographs import Photographs
 from .pipeline import GRID

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clearsr_core import checkpoint
-from clearsr_core.config import ControlConfig
+from clearsr_core.config import LATENT_SCALE, SD21_BASE, ClearSRConfig, ControlConfig
 from clearsr_core.control import ClearSRControl
 from clearsr_core.image_encoder import ImagePromptEncoder
 from clearsr_core.initialise import initialise_fresh, initialise_from_unet
@@ -69,9 +69,13 @@ class ClearSRModel(nn.Module):
             path: a checkpoint as `export` writes it.
             base: the base model; None takes the one inside the file.
             clip: source of p for a file without an image encoder; None leaves the decoder the empty prompt.
+
+        Raises:
+            ValueError: the file's networks are laid out otherwise than those of Stable Diffusion 2.1.
         """
         stored = checkpoint.read(path)
         config, tensors = stored.config, stored.tensors
+        _check_layout(path, config)
         base = base or BaseModel.from_checkpoint(stored)
         mode = config.prompt_mode if config.image_encoder else "null"
         model = cls(base, config.control, config.lora_rank, mode, 0, clip)
@@ -123,6 +127,19 @@ class ClearSRModel(nn.Module):
             down_block_additional_residuals=residuals.down,
             mid_block_additional_residual=residuals.mid,
         ).sample
+
+
+def _check_layout(path: Path, config: ClearSRConfig) -> None:
+    """Refuse networks that the nodes can build of a file, but `models` cannot."""
+    names = ("attention_levels", "layers_per_block", "latent_channels")
+    found = {name: getattr(config.control, name) for name in names} | {"latent_scale": config.latent_scale}
+    wanted = {name: getattr(SD21_BASE, name) for name in names} | {"latent_scale": LATENT_SCALE}
+    differing = [f"{name} {found[name]} instead of {wanted[name]}" for name in found if found[name] != wanted[name]]
+    if differing:
+        raise ValueError(
+            f"{path} has {', '.join(differing)}. The commands of `training` know networks laid out like those of "
+            "Stable Diffusion 2.1, at any width; ComfyUI's nodes open others too."
+        )
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:

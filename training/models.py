@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-LATENT_SCALE = 0.18215  # Stable Diffusion's: model units = VAE latent * 0.18215
+from clearsr_core.config import LATENT_SCALE
 
 # Appendix A: every convolution and attention layer of the VAE encoder; attention layers of the UNet decoder only.
 UNET_LORA_TARGETS = r"up_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"

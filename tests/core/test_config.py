@@ -73,6 +73,7 @@ def test_impossible_control_is_refused(values, message):
         ({"prediction": "v"}, "prediction is 'v'"),
         ({"lora_rank": -1}, "lora_rank -1"),
         ({"latent_scale": 0.0}, "latent_scale"),
+        ({"latent_scale": 0.13}, "that of SD 2.1-base is 0.18215"),
         ({"latent_rgb": ((1.0, 2.0, 3.0),)}, "4 rows"),
     ],
 )

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from clearsr_core.config import LATENT_SCALE
 from training import config
 from training.autoencoder import AutoencoderSettings, CropBatch, Reconstruction
-from training.models import LATENT_SCALE, build_autoencoder
+from training.models import build_autoencoder
 from training.perceptual import EffLite
 
 WEIGHTS = {"kl_weight": 1e-6, "perceptual_weight": 0.15, "coarse_weight": 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from clearsr_core import checkpoint
 from clearsr_core.checkpoint import Checkpoint
 from clearsr_core.config import SD21_NETWORKS, ClearSRConfig
 from clearsr_core.merge import merged
+from clearsr_core.shapes import checkpoint_shapes
 from training import export, model_card, restore, snapshot, train
 from training.clearsr_model import ClearSRModel
 
@@ -243,3 +245,31 @@ def test_a_file_of_another_lora_strength_acts_as_in_a_host(chain: Path, tmp_path
     )
     assert any(value.any() for name, value in first.items() if name.endswith(".lora_B.weight"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"latent_scale": 0.3}, "latent_scale 0.3 instead of 0.18215"),
+        ({"attention_levels": (True, True, False, False)}, "attention_levels"),
+        ({"layers_per_block": 1}, "layers_per_block 1 instead of 2"),
+    ],
+)
+def test_networks_that_only_the_nodes_can_build_are_refused_in_words(
+    chain: Path, tmp_path: Path, changes: dict[str, object], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scale that is not honoured would give other pictures than ComfyUI does, without a word."""
+    stored = checkpoint.read(chain / "nano" / "clearsr.safetensors")
+    own = {name: value for name, value in changes.items() if name == "latent_scale"}
+    control = dataclasses.replace(stored.config.control, **{k: v for k, v in changes.items() if k not in own})
+    config = dataclasses.replace(stored.config, control=control, **own)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        part: {name: torch.randn([abs(side) for side in shape], generator=generator) for name, shape in table.items()}
+        for part, table in checkpoint_shapes(config).items()
+    }
+    checkpoint.write(tmp_path / "other.safetensors", Checkpoint(config, {}, tensors))
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    command = [f"--checkpoint={tmp_path}/other.safetensors", f"--lr={tmp_path}", f"--out={tmp_path}/out"]
+    assert restore.main(command) == 1
+    assert said in caplog.text
