@@ -112,6 +112,11 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
             os.fsync(file.fileno())
         partial.chmod(0o644)  # safetensors makes files that only their owner may read; models are shared
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path.parent} cannot take a checkpoint ({error}). Free some space, or choose another folder; a file that "
+            "was there before is as it was."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -106,6 +106,11 @@ class AutoencoderStage:
         self.settings = settings
         if settings.best not in ("none", "psnr"):
             raise ValueError(f"--best={settings.best}: this stage measures psnr alone.")
+        if settings.freeze_encoder and settings.init == Path():
+            raise ValueError(
+                "--freeze_encoder=true trains the decoder on latents of an encoder that has learned already: give "
+                "--init=, a ClearSR file or the `vae` folder of a finished run."
+            )
         begun = snapshot.latest(settings.init) if settings.freeze_encoder else None
         if begun is not None and not snapshot.read(begun).settings.get("freeze_encoder"):
             raise ValueError(

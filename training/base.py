@@ -23,7 +23,9 @@ class BaseSettings(DataSettings):
     """Settings of the base stage; `vae` is the folder that the autoencoder stage wrote, or a self-contained file."""
 
     vae: Path = Path("runs/nano_autoencoder/vae")  # folder that the autoencoder stage wrote, or a self-contained file
-    cache: Path = Path("runs/latents.safetensors")  # encoded crops, shared with the ClearSR stage
+    cache: Path = Path(
+        "runs/latents.safetensors"
+    )  # encoded crops; the ClearSR stage takes them too where its set is the same
     widths: tuple[int, ...] = (64, 64, 128, 128)  # multiples of the first; Stable Diffusion 2.1: 320, 640, 1280, 1280
     norm_groups: int = 8  # of every group norm, as in the autoencoder; Stable Diffusion 2.1: 32
     head_channels: int = 32  # Stable Diffusion 2.1: 64

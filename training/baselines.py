@@ -67,10 +67,15 @@ class RealESRGAN:
         return np.clip(enlarged * 255.0 + 0.5, 0, 255).astype(np.uint8)
 
 
-def upscaler(name: str) -> Upscaler | None:
-    """Return the baseline called `name` ("bicubic" or "realesrgan"), or None when there is none of that name."""
+def upscaler(name: str, threads: int = 0) -> Upscaler | None:
+    """Return the baseline called `name`, or None when there is none of that name.
+
+    Args:
+        name: "bicubic" or "realesrgan".
+        threads: CPU threads of a baseline that is a network; 0 = all.
+    """
     if name == "bicubic":
         return bicubic
     if name == "realesrgan":
-        return RealESRGAN()
+        return RealESRGAN(threads)
     return None

@@ -13,6 +13,8 @@ import torch
 from .loop import LoopSettings
 from .photographs import Photographs
 
+SMALLEST_CROP = 32  # pixels; of smaller ones SSIM has no window, and the deepest level of the UNet no neighbours
+
 Batch = TypeVar("Batch")
 
 
@@ -26,6 +28,15 @@ class DataSettings(LoopSettings):
     candidates: int = 1  # crops drawn for each one used; the most detailed is taken
     order: Literal["area", "chunked"] = "area"  # every pixel equally likely, or one shard after the other
     workers: int = 0  # threads that make the batches of later steps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop % 8 or self.crop < SMALLEST_CROP:
+            raise ValueError(f"--crop={self.crop}: give a multiple of 8 from {SMALLEST_CROP} on.")
+        if self.candidates < 1:
+            raise ValueError(f"--candidates={self.candidates}: give 1 or more.")
+        if self.memory_gb < 0.0:
+            raise ValueError(f"--memory_gb={self.memory_gb}: give 0 or more.")
 
     def photographs(self, smallest: int) -> Photographs:
         """Open the photographs whose sides have at least `smallest` pixels."""

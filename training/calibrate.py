@@ -26,7 +26,7 @@ from clearsr_core.checkpoint import CheckpointError
 
 from . import command_line, config, evaluate, loop, metrics, plots
 from .clearsr_model import ClearSRModel
-from .photographs import read_pixels, read_rgb, to_bytes
+from .photographs import first, read_pixels, to_bytes
 from .pipeline import bound_eps, encode_lr, noise_sources, sampling_schedule, start_state, to_pixels, trajectory
 from .tables import TITLES, Summary, summarise
 
@@ -138,15 +138,18 @@ def measure_picture(
 def measure_steps(settings: CalibrateSettings) -> tuple[dict[str, Curve], float]:
     """Return the mean curves `niqe` and, where there are good pictures, `psnr`; and NIQE(HR), NaN if not known."""
     if settings.hr != Path():
-        pairs = [(pair.lr, pair.hr) for pair in evaluate.find_pairs(settings.hr, settings.lr, settings.limit)]
+        found = evaluate.find_pairs(settings.hr, settings.lr, settings.limit)
+        evaluate.check_sizes(found)
+        pairs = [(pair.lr, pair.hr) for pair in found]
     else:
-        found = list(evaluate.pictures(settings.lr, "--lr").values())
-        pairs = [(path, None) for path in found[: settings.limit or None]]
+        paths = first(list(evaluate.pictures(settings.lr, "--lr").values()), settings.limit)
+        _check_lr_sizes(paths)
+        pairs = [(path, None) for path in paths]
     model = ClearSRModel.from_checkpoint(settings.checkpoint)
     values: dict[str, dict[int, list[float]]] = {"niqe": {}, "psnr": {}}
     good: list[float] = []
     for lr, hr in tqdm(pairs, unit="picture"):
-        reference = None if hr is None else read_rgb(hr)
+        reference = None if hr is None else evaluate.read_picture(hr)
         if reference is not None:
             good.append(metrics.niqe(reference))
         for key, curve in measure_picture(model, lr, reference, settings).items():
@@ -154,6 +157,17 @@ def measure_steps(settings: CalibrateSettings) -> tuple[dict[str, Curve], float]
                 values[key].setdefault(step, []).append(value)
     curves = {key: {step: summarise(found) for step, found in table.items()} for key, table in values.items() if table}
     return curves, summarise(good).mean if math.isnan(settings.niqe_hr) else settings.niqe_hr
+
+
+def _check_lr_sizes(paths: Sequence[Path]) -> None:
+    """Refuse pictures whose results NIQE could not judge, before the first is sampled; only headers are read."""
+    for path in paths:
+        height, width = evaluate.picture_size(path)
+        if not evaluate.enough_for_niqe(height * evaluate.SCALE, width * evaluate.SCALE):
+            block = metrics.NIQE_BLOCK // evaluate.SCALE
+            raise evaluate.EvaluationError(
+                f"{path.name} is {width} x {height}; NIQE of its result needs {block} x {2 * block}. Take it out."
+            )
 
 
 def write_results(settings: CalibrateSettings, curves: dict[str, Curve], niqe_hr: float, limits: PhaseLimits) -> None:

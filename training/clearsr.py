@@ -21,7 +21,7 @@ from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
 from .degradation import Preset
 from .export import export, is_contained, latent_rgb
-from .latents import Crops, FixedPairs, weights_hash
+from .latents import Crops, FixedPairs, base_hash, weights_hash
 from .loop import plain
 from .pairs import DegradeOn, degrade_pairs
 from .photographs import to_bytes, write_png
@@ -67,6 +67,17 @@ class ClearSRSettings(DataSettings):
     fixed_timestep: int = 0  # for control_time fixed
     prompt_mode: Literal["pooled", "patch", "null"] = "pooled"  # p: one token, a grid of tokens, or the empty prompt
     anchor: Literal["lr_encoder", "plain"] = "lr_encoder"  # x_lr of start and LSA at inference: of E', or of E
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(
+                f"--rank={self.rank}: give 1 or more. To train without LoRA: --vae_lora=false --unet_lora=false."
+            )
+        if not 0.0 <= self.prompt_dropout <= 1.0:
+            raise ValueError(f"--prompt_dropout={self.prompt_dropout}: give a number from 0 to 1.")
+        if self.prompt_mode == "null" and self.clip_vision != Path():
+            raise ValueError("--prompt_mode=null has no use for --clip_vision: leave one of them out.")
 
 
 def control_config(settings: ClearSRSettings, base: BaseModel) -> ControlConfig:
@@ -187,13 +198,11 @@ class ClearSRStage:
         control = control_config(settings, base)
         clip = None
         if settings.clip_vision != Path():
-            if settings.prompt_mode == "null":
-                raise ValueError("--prompt_mode=null has no use for --clip_vision: leave one of them out.")
             patch = settings.prompt_mode == "patch"
             clip = ClipImagePrompt.load(settings.clip_vision, patch=patch, context_dim=control.context_dim)
         self.given = {
             "set of photographs": provenance.digest(photographs.identity),
-            "base model": weights_hash(base.unet, base.vae),
+            "base model": base_hash(base),
             "image encoder of CLIP": weights_hash(clip),
         }
         self.model = ClearSRModel(base, control, settings.rank, settings.prompt_mode, settings.seed, clip)
@@ -216,12 +225,21 @@ class ClearSRStage:
     def start(self, rows: range) -> None:
         settings = self.settings
         self.rows = rows
+        self._silence_what_is_off()
         self.fixed_pairs = None
         if settings.freeze_encoders:
             self.fixed_pairs = FixedPairs(
                 self.crops, self.degraded, self.model, settings.degradation, settings.seed, settings.pair_cache
             )
         self.batches = Ahead(self.make, settings.steps, settings.workers)
+
+    def _silence_what_is_off(self) -> None:
+        """Let a LoRA that is off add nothing, also where the weights that the run began with have one."""
+        on = {"vae_lora.": self.settings.vae_lora, "unet_lora.": self.settings.unet_lora}
+        silent = tuple(part for part, wanted in on.items() if not wanted)
+        for name, value in self.weights().items():
+            if name.startswith(silent) and name.endswith("lora_B.weight"):
+                value.data.zero_()
 
     def degraded(self, numbers: Tensor) -> Tensor:
         """Return crops of the fixed set as they are degraded once: (B, 3, crop, crop) in [0, 1]."""

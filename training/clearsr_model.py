@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from clearsr_core import checkpoint
+from clearsr_core.checkpoint import Checkpoint, CheckpointError
 from clearsr_core.config import LATENT_SCALE, SD21_BASE, ClearSRConfig, ControlConfig
 from clearsr_core.control import ClearSRControl
 from clearsr_core.image_encoder import ImagePromptEncoder
@@ -16,6 +18,8 @@ from clearsr_core.initialise import initialise_fresh, initialise_from_unet
 from . import models
 from .base_model import BaseModel
 from .clip_vision import ClipImagePrompt
+
+log = logging.getLogger("clearsr.training")
 
 
 class ClearSRModel(nn.Module):
@@ -71,23 +75,28 @@ class ClearSRModel(nn.Module):
             clip: source of p for a file without an image encoder; None leaves the decoder the empty prompt.
 
         Raises:
+            CheckpointError: `path` is no file, or none that can be used.
             ValueError: the file's networks are laid out otherwise than those of Stable Diffusion 2.1.
         """
+        require_file(path)
         stored = checkpoint.read(path)
         config, tensors = stored.config, stored.tensors
         _check_layout(path, config)
+        if clip is None and not config.image_encoder and config.prompt_mode != "null":
+            log.warning(
+                "%s was trained with CLIP features, and there are no CLIP features here: the decoder reads the empty "
+                "prompt. The nodes with a CLIP_VISION_OUTPUT give another picture.",
+                path,
+            )
         base = base or BaseModel.from_checkpoint(stored)
         mode = config.prompt_mode if config.image_encoder else "null"
         model = cls(base, config.control, config.lora_rank, mode, 0, clip)
         model.null_text = tensors["null_text"][""].float()  # self-contained files hold half precision
         model.anchor = config.anchor
-        values = {f"{part}.{name}": value for part, table in tensors.items() for name, value in table.items()}
+        values = _trained_weights(stored)
         with torch.no_grad():
             for name, parameter in model.trainable().items():
-                # Ours train with alpha = rank: a file of another strength holds it in its second factor from here on.
-                layer = name.removesuffix(".lora_B.weight")
-                gain = 1.0 if layer == name else float(values[f"{layer}.alpha"]) / config.lora_rank
-                parameter.copy_(values[name] * gain)
+                parameter.copy_(values[name])
         return model.eval()
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -129,6 +138,18 @@ class ClearSRModel(nn.Module):
         ).sample
 
 
+def require_file(path: Path) -> None:
+    """Say what is wrong where a checkpoint is asked for and `path` is a folder, or nothing.
+
+    Raises:
+        CheckpointError: it is no file.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a .safetensors file is wanted. Give the path of the file in it.")
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+
+
 def _check_layout(path: Path, config: ClearSRConfig) -> None:
     """Refuse networks that the nodes can build of a file, but `models` cannot."""
     names = ("attention_levels", "layers_per_block", "latent_channels")
@@ -142,8 +163,28 @@ def _check_layout(path: Path, config: ClearSRConfig) -> None:
         )
 
 
+def _trained_weights(stored: Checkpoint) -> dict[str, Tensor]:
+    """Return a file's weights by `PART.NAME`; LoRAs as strong as the file says, at the alpha = rank that ours have."""
+    values = {f"{part}.{name}": value for part, table in stored.tensors.items() for name, value in table.items()}
+    for name, value in values.items():
+        layer = name.removesuffix(".lora_B.weight")
+        if layer != name:
+            values[name] = value.float() * (float(values[f"{layer}.alpha"]) / stored.config.lora_rank)
+    return values
+
+
 def weights_in(path: Path) -> dict[str, Tensor]:
-    """Return all weights of a self-contained ClearSR file by the names that the training stages give them."""
-    model = ClearSRModel.from_checkpoint(path)
-    unet = {f"unet.{name}": value for name, value in models.without_lora(model.unet).items()}
-    return {**model.vae.state_dict(), **unet, "null_text": model.null_text, **model.trainable()}
+    """Return all weights of a ClearSR file by the names that the training stages give them.
+
+    Raises:
+        ValueError: as `ClearSRModel.from_checkpoint`.
+    """
+    stored = checkpoint.read(path)
+    _check_layout(path, stored.config)
+    values = _trained_weights(stored)
+    if stored.config.base is not None:
+        base = BaseModel.from_checkpoint(stored)
+        values |= base.vae.state_dict()
+        values |= {f"unet.{name}": value for name, value in base.unet.state_dict().items()}
+        values["null_text"] = base.null_text
+    return values

@@ -55,6 +55,10 @@ def preset(arguments: list[str], about: str | None, default: str = "") -> tuple[
     name, others = taken(arguments, "preset", default)
     if not name and asks_for_help(arguments):
         _end_with(f"{inspect.cleandoc(about or '')}\n\n{presets_text()}")
+    if not name:
+        raise config.ConfigError(
+            f"Please give --preset=NAME: {', '.join(config.presets())}; or the path of a .toml file."
+        )
     return config.read_preset(name), others
 
 

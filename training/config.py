@@ -18,6 +18,11 @@ class ConfigError(ValueError):
     """A setting is unknown, has the wrong type or contradicts another; the message says which and what to do."""
 
 
+def presets() -> list[str]:
+    """Return the names of the presets that come along."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.toml"))
+
+
 def read_preset(name: str) -> dict[str, Any]:
     """Return the table of a preset: a name in `training/presets`, or the path of a TOML file.
 
@@ -42,8 +47,8 @@ def read_preset(name: str) -> dict[str, Any]:
 def _read_toml(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else PRESET_FOLDER / f"{name}.toml"
     if not path.is_file():
-        known = sorted(p.stem for p in PRESET_FOLDER.glob("*.toml"))
-        raise ConfigError(f"No preset {name!r}. Presets here: {', '.join(known)}; or give the path of a .toml file.")
+        known = ", ".join(presets())
+        raise ConfigError(f"No preset {name!r}. Presets here: {known}; or give the path of a .toml file.")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -77,11 +82,17 @@ def _convert(key: str, value: object, kind: Any) -> object:  # noqa: ANN401 - a 
             return value
         raise ConfigError(f"--{key} takes {' or '.join(map(str, kind.__args__))}, not {value!r}.")
     if origin is tuple:
-        items = [item for item in value.split(",") if item] if isinstance(value, str) else cast("list[object]", value)
+        if isinstance(value, str):
+            value = [item for item in value.split(",") if item]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"--{key} takes a list, not {value!r}.")
+        items = cast("list[object]", value)
         item_kind = kind.__args__[0]
         return tuple(_convert(key, item, item_kind) for item in items)
+    if kind in (int, float) and (isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1)):
+        raise ConfigError(f"--{key} takes {kind.__name__}, not {value!r}.")
     try:
-        return kind(value)
+        return kind(cast("Any", value))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--{key} takes {kind.__name__}, not {value!r}.") from error
 

@@ -10,27 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
-from . import command_line, comparison_sheet, evaluation_plots, loop, metrics, published, tables
+from . import command_line, comparison_sheet, evaluation_plots, loop, metrics, provenance, published, tables
 from .baselines import SCALE, BaselineMissingError, Upscaler, upscaler
 from .learned_metrics import LearnedMetricMissingError, LearnedMetrics
-from .photographs import SUFFIXES, read_rgb, reason
+from .photographs import SUFFIXES, first, header_size, read_rgb, reason, write_png
 from .tables import REFERENCE, TITLES, EvaluationError, Results
 
 log = logging.getLogger("clearsr.training")
 
-MADE_FROM = "made-from"  # PNG text of a cached baseline output: SHA-256 of the LR file
 _MAY_CHANGE = ("threads", "device", "overwrite", "sheet_rows", "sheet_side")  # settings that change no figure
 
 
@@ -94,7 +93,7 @@ def _listed(names: list[str]) -> str:
 def find_pairs(hr: Path, lr: Path, limit: int = 0) -> list[Pair]:
     """Return the first `limit` pairs by name (0 = all); every picture must then have its partner."""
     good, small = pictures(hr, "--hr"), pictures(lr, "--lr")
-    names = sorted(good)[:limit] if limit else sorted(good.keys() | small.keys())
+    names = first(sorted(good), limit) if limit else sorted(good.keys() | small.keys())
     for missing, folder in (
         ([name for name in names if name not in good], hr),
         ([name for name in names if name not in small], lr),
@@ -108,32 +107,59 @@ def find_pairs(hr: Path, lr: Path, limit: int = 0) -> list[Pair]:
 
 def read_picture(path: Path) -> np.ndarray:
     """Read (H, W, 3) uint8; what cannot be read is named."""
-    try:
+    with _named(path):
         return read_rgb(path)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) from the header alone; what cannot be read is named."""
+    with _named(path):
+        return header_size(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: of a broken PNG
         raise EvaluationError(f"{path} cannot be read ({reason(error)}). Replace it, or take its pair out.") from error
 
 
+def enough_for_niqe(height: int, width: int) -> bool:
+    """Return whether a picture of that many pixels holds the two blocks that NIQE needs."""
+    return min(height, width) >= metrics.NIQE_BLOCK and max(height, width) >= 2 * metrics.NIQE_BLOCK
+
+
+def check_sizes(pairs: Sequence[Pair]) -> None:
+    """Look at all sizes before hours of work begin: HR four times LR, and enough for NIQE; only headers are read.
+
+    Raises:
+        EvaluationError: of the first pair that does not fit, by the names of its files; or one that cannot be read.
+    """
+    for pair in pairs:
+        large, small = picture_size(pair.hr), picture_size(pair.lr)
+        if large != (small[0] * SCALE, small[1] * SCALE):
+            raise EvaluationError(
+                f"{pair.hr.name} is {_size(large)} and {pair.lr.name} {_size(small)}; expected {SCALE} to 1."
+            )
+        if not enough_for_niqe(*large):
+            raise EvaluationError(
+                f"{pair.hr.name} is {_size(large)}; NIQE needs {metrics.NIQE_BLOCK} x {2 * metrics.NIQE_BLOCK}."
+            )
+
+
 def _made_by_baseline(pair: Pair, folder: Path, upscale: Upscaler) -> np.ndarray:
     """Return a baseline's output for one pair; it is made once and kept as a PNG in `folder`."""
-    source = hashlib.sha256(pair.lr.read_bytes()).hexdigest()
-    path = folder / f"{pair.name}.png"
-    if path.is_file():
-        with Image.open(path) as kept:
-            if kept.info.get(MADE_FROM) == source:
-                return np.asarray(kept.convert("RGB"))
+    source, path = provenance.sha256(pair.lr), folder / f"{pair.name}.png"
+    if provenance.is_made_from(path, source):
+        return read_picture(path)
     image = upscale(read_picture(pair.lr))
-    text = PngImagePlugin.PngInfo()
-    text.add_text(MADE_FROM, source)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    Image.fromarray(image).save(unfinished, "PNG", pnginfo=text)
-    os.replace(unfinished, path)
+    write_png(image, path, source)
     return image
 
 
 def output_readers(settings: EvaluationSettings, pairs: list[Pair]) -> dict[str, Callable[[Pair], np.ndarray]]:
-    """Return for each method the function that gives its picture of a pair; folders are checked to be complete."""
+    """Return for each method the function that gives its picture of a pair; names and sizes in folders are checked."""
     readers: dict[str, Callable[[Pair], np.ndarray]] = {}
     for method in settings.methods:
         name, is_folder, folder = method.partition("=")
@@ -144,9 +170,13 @@ def output_readers(settings: EvaluationSettings, pairs: list[Pair]) -> dict[str,
             missing = [pair.name for pair in pairs if pair.name not in finished]
             if missing:
                 raise EvaluationError(f"{folder} has no picture for {_listed(missing)}. Let {name} make them first.")
+            for pair in pairs:
+                size, wanted = picture_size(finished[pair.name]), picture_size(pair.hr)
+                if size != wanted:
+                    raise EvaluationError(f"{name}'s {pair.name} is {_size(size)}, the HR picture {_size(wanted)}.")
             readers[name] = lambda pair, finished=finished: read_picture(finished[pair.name])
             continue
-        upscale = upscaler(name)
+        upscale = upscaler(name, settings.threads)
         if upscale is None:
             raise EvaluationError(
                 f"No baseline {name!r}: bicubic, realesrgan, or {name}=FOLDER with finished pictures."
@@ -155,8 +185,9 @@ def output_readers(settings: EvaluationSettings, pairs: list[Pair]) -> dict[str,
     return readers
 
 
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]} x {image.shape[0]}"
+def _size(size: tuple[int, ...]) -> str:
+    """Say (height, width, ...) as people do, width first."""
+    return f"{size[1]} x {size[0]}"
 
 
 def measure(
@@ -184,6 +215,7 @@ def measure_alone(image: np.ndarray, learned: LearnedMetrics | None = None) -> d
 def evaluate(settings: EvaluationSettings) -> Results:
     """Measure every method on every pair."""
     pairs = find_pairs(settings.hr, settings.lr, settings.limit)
+    check_sizes(pairs)
     readers = output_readers(settings, pairs)
     learned = LearnedMetrics(settings.pyiqa, settings.pyiqa_weights, settings.device) if settings.pyiqa else None
     results: Results = {name: {} for name in (REFERENCE, *readers)}
@@ -194,22 +226,14 @@ def evaluate(settings: EvaluationSettings) -> Results:
 
     with tqdm(total=len(pairs) * len(readers), unit="picture") as progress:
         for pair in pairs:
-            reference, small = read_picture(pair.hr), read_picture(pair.lr)
-            if reference.shape[:2] != (small.shape[0] * SCALE, small.shape[1] * SCALE):
-                raise EvaluationError(
-                    f"{pair.hr.name} is {_size(reference)} and {pair.lr.name} {_size(small)}; expected {SCALE} to 1."
-                )
-            if min(reference.shape[:2]) < metrics.NIQE_BLOCK or max(reference.shape[:2]) < 2 * metrics.NIQE_BLOCK:
-                raise EvaluationError(
-                    f"{pair.hr.name} is {_size(reference)}; NIQE needs {metrics.NIQE_BLOCK} x {2 * metrics.NIQE_BLOCK}."
-                )
+            reference = read_picture(pair.hr)
             keep(REFERENCE, pair, measure_alone(reference, learned))
             for method, read in readers.items():
                 progress.set_postfix_str(f"{method} {pair.name}")
                 image = read(pair)
                 if image.shape != reference.shape:
                     raise EvaluationError(
-                        f"{method}'s {pair.name} is {_size(image)}, the HR picture {_size(reference)}."
+                        f"{method}'s {pair.name} is {_size(image.shape)}, the HR picture {_size(reference.shape)}."
                     )
                 keep(method, pair, measure(image, reference, settings.efflite, learned))
                 progress.update()

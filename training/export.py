@@ -29,6 +29,7 @@ from .base_model import BaseModel
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
 from .config import build as build_settings
+from .latents import base_hash, weights_hash
 from .photographs import Photographs
 from .randomness import generator_for
 
@@ -223,12 +224,16 @@ def export_run(settings: ExportSettings) -> None:
 
     base = BaseModel.load(settings.base, trained.base_widths, trained.seed)
     control = control_config(trained, base)
+    _check_given(path, state.given, "base model", base_hash(base), f"--base={settings.base}")
     own_encoder = any(name.startswith("image_encoder.") for name in weights)
     clip = None
     if trained.prompt_mode == "patch" and not own_encoder:
         if settings.clip_vision == Path():
             raise ValueError(f"{path} was trained on patches of CLIP, whose projection goes along: give --clip_vision.")
         clip = ClipImagePrompt.load(settings.clip_vision, patch=True, context_dim=control.context_dim)
+        _check_given(
+            path, state.given, "image encoder of CLIP", weights_hash(clip), f"--clip_vision={settings.clip_vision}"
+        )
     mode = trained.prompt_mode if own_encoder or clip is not None else "null"
     model = ClearSRModel(base, control, trained.rank, mode, trained.seed, clip)
     with torch.no_grad():
@@ -262,6 +267,12 @@ def export_run(settings: ExportSettings) -> None:
         hardware="",
         overwrite_card=settings.overwrite_card,
     )
+
+
+def _check_given(path: Path, given: dict[str, str], what: str, found: str, setting: str) -> None:
+    """Refuse a model that is not the one that the run of a snapshot was given."""
+    if given.get(what, found) != found:
+        raise ValueError(f"{setting} is another {what} than that of the run of {path}. Give the one it was begun with.")
 
 
 def _figures(run: Path, step: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from clearsr_core.schedule import NUM_TRAIN_TIMESTEPS, add_noise
 
 from . import analysis, command_line, config, evaluate, loop, models, plots
 from .clearsr_model import ClearSRModel
-from .photographs import read_pixels
+from .photographs import first, read_pixels
 from .pipeline import EncodedLR, encode_lr, noise_sources, pad_to_grid
 
 log = logging.getLogger("clearsr.training")
@@ -242,7 +242,7 @@ def run(settings: InspectSettings) -> None:
         raise config.ConfigError(f"--timestep={settings.timestep} is not in 0 .. {NUM_TRAIN_TIMESTEPS - 1}.")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    pictures = list(evaluate.pictures(settings.lr, "--lr").items())[: settings.limit or None]
+    pictures = first(list(evaluate.pictures(settings.lr, "--lr").items()), settings.limit)
     partners = {
         curve: evaluate.pictures(folder, option)
         for curve, folder, option in (("HR", settings.hr, "--hr"), ("result", settings.results, "--results"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import models, provenance
+from .base_model import BaseModel
 from .clearsr_model import ClearSRModel
 from .degradation import sharpen
 from .photographs import Photographs
@@ -26,13 +27,19 @@ BATCH = 16
 _IDENTITY = "identity"
 
 
-def weights_hash(*modules: nn.Module | None) -> str:
-    """Return a digest of the modules' weights."""
+def weights_hash(*modules: nn.Module | Tensor | None) -> str:
+    """Return a digest of the modules' weights, and of tensors."""
     digest = hashlib.sha256()
     for module in modules:
-        for value in module.state_dict().values() if module is not None else ():
+        values = [module] if isinstance(module, Tensor) else module.state_dict().values() if module is not None else []
+        for value in values:
             digest.update(value.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def base_hash(base: BaseModel) -> str:
+    """Return a digest of all that a base model is: UNet, autoencoder, empty prompt."""
+    return weights_hash(base.unet, base.vae, base.null_text)
 
 
 def encoded_once(
@@ -48,9 +55,8 @@ def encoded_once(
             batches.append({name: value.cpu() for name, value in encoded.items()})
     tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
     cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(".part")
-    save_file({**tensors, _IDENTITY: torch.tensor(list(identity.encode()))}, partial)
-    partial.replace(cache)
+    with provenance.replacing(cache) as unfinished:
+        save_file({**tensors, _IDENTITY: torch.tensor(list(identity.encode()))}, unfinished)
     return tensors
 
 
@@ -164,7 +170,7 @@ class FixedPairs:
         identity = "-".join(
             [
                 "by number",  # which degradation a crop gets
-                weights_hash(model.lr_encoder, model.image_encoder, model.clip),
+                weights_hash(model.lr_encoder, model.image_encoder, model.clip, model.null_text),
                 crops.identity,
                 degradation,
                 str(seed),

@@ -35,6 +35,12 @@ FREE = {
     *("accumulation", "checkpointing", "compile", "degrade_on"),
 }
 
+# The least value of settings that count something; 0 is off where it is allowed.
+_LEAST = {
+    **{"batch": 1, "accumulation": 1, "snapshot_every": 1, "keep": 1},
+    **{"steps": 0, "warmup": 0, "validate_every": 0, "threads": 0},
+}
+
 Batch = TypeVar("Batch", bound=tuple, covariant=True)
 
 
@@ -66,9 +72,14 @@ class LoopSettings:
     device: str = "cpu"  # cpu, or cuda: the GPU of this process
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch", 1), ("accumulation", 1), ("snapshot_every", 1), ("keep", 1)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}={getattr(self, name)}: give {least} or more.")
+        if not (self.clip > 0.0 and self.learning_rate > 0.0):
+            name = "clip" if self.learning_rate > 0.0 else "learning_rate"
+            raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0.")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"--ema={self.ema}: give 0 for off, or a number below 1, as 0.999.")
         if self.best != "none" and not self.validate_every:
             raise ValueError(f"--best={self.best} looks at validations: give --validate_every=STEPS.")
 
@@ -179,6 +190,10 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
             _take(state, "held", _held(stage))
         elif settings.init != Path():
             _start_from(settings.init, stage.weights())
+        if state is not None and settings.init != Path():
+            log.info(
+                "--init=%s is where a run begins; %s has begun and goes on from its own weights.", settings.init, out
+            )
         for name, parameter in stage.weights().items():
             parameter.requires_grad_(name in stage.trainable())
         with accelerator.local_main_process_first():
@@ -234,9 +249,11 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
                         step, settings.learning_rate, settings.warmup, settings.steps, settings.decay
                     )
                 optimizer.zero_grad(set_to_none=True)
-                loss, figures = _gradients(accelerator, module, stage.batch(step), settings.accumulation)
+                loss, own = _gradients(accelerator, module, stage.batch(step), settings.accumulation)
                 norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
-                mean_loss, stop = parallel.mean_and_any(accelerator, loss, bool(stops))
+                (mean_loss, *means), stop = parallel.means_and_any(
+                    accelerator, torch.stack([loss, *own.values()]), bool(stops)
+                )
                 if torch.isfinite(norm) and torch.isfinite(torch.tensor(mean_loss)):
                     optimizer.step()
                     non_finite = 0
@@ -256,14 +273,18 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
                 step += 1
 
                 # Log, look, save.
-                figures = {"loss": mean_loss, "norm": float(norm), **figures}
+                figures = {"loss": mean_loss, "norm": float(norm), **dict(zip(own, means, strict=True))}
                 stats.step(step, (step - first) / (time.monotonic() - began), figures)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
                 bar.update()
                 better = False
                 if settings.validate_every and step % settings.validate_every == 0:
+                    paused = time.monotonic()
                     found = validate()
-                    _, better = parallel.mean_and_any(accelerator, loss, main and _is_better(found, out, settings.best))
+                    began += time.monotonic() - paused  # the rate is that of the steps
+                    better = parallel.means_and_any(
+                        accelerator, loss[None], main and _is_better(found, out, settings.best)
+                    )[1]
                     stats.validation(step, found)
                 if step % settings.snapshot_every == 0 or better:
                     stats.flush()
@@ -297,20 +318,23 @@ def finish_from_snapshot(stage: Stage, settings: LoopSettings, identity: dict[st
 
 def _gradients(
     accelerator: Accelerator, module: nn.Module, batch: tuple[object, ...], parts: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Compute the gradients of a batch in `parts` pieces; return its mean loss, and the figures of the last piece."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the gradients of a batch in `parts` pieces; return its mean loss, and the means of its figures."""
     size = next(len(value) for value in batch if isinstance(value, Tensor)) // parts
-    losses, figures = [], {}
+    losses: list[Tensor] = []
+    figures: dict[str, list[Tensor]] = {}
     for part in range(parts):
         share = slice(part * size, (part + 1) * size)
         piece = type(batch)(*(value[share] if isinstance(value, Tensor) else value for value in batch))  # type: ignore[call-arg]
         last = part == parts - 1
         # Gradients travel between the processes once, with the last piece.
         with nullcontext() if last else accelerator.no_sync(module):
-            loss, figures = module(send_to_device(piece, accelerator.device))
+            loss, found = module(send_to_device(piece, accelerator.device))
             (loss / parts).backward()
-        losses.append(loss.detach())
-    return torch.stack(losses).mean(), {name: float(value) for name, value in figures.items()}
+        losses.append(loss.detach().float())
+        for name, value in found.items():
+            figures.setdefault(name, []).append(value.detach().float())
+    return torch.stack(losses).mean(), {name: torch.stack(values).mean() for name, values in figures.items()}
 
 
 def _is_better(found: dict[str, float], out: Path, measure: str) -> bool:

@@ -28,14 +28,14 @@ class MakePairsSettings:
     """Which photographs, how large, how they are degraded."""
 
     data: Path  # folder of photographs, searched with everything below it
-    out: Path  # gets hr/NAME.png and lr/NAME.png; pictures that are there are kept
+    out: Path  # gets hr/NAME.png and lr/NAME.png; pairs of the same photographs are kept
     crop: int = 512  # most pixels of a side: the middle is taken; 0 = whole photographs
     degradation: Preset = "paper"  # ranges of blur, noise and JPEG: docs/TRAINING.md
     seed: int = 0  # with a photograph's name it decides its degradation
 
 
 def run(settings: MakePairsSettings) -> None:
-    """Write every pair that is not there yet.
+    """Write every pair that is not there yet; one of another photograph of that name is made anew.
 
     Raises:
         ValueError: no photographs, equal names, one too small or unreadable, settings that cannot be, or pairs of other
@@ -52,11 +52,11 @@ def run(settings: MakePairsSettings) -> None:
     if times > 1:
         raise ValueError(f"{times} photographs in --data={settings.data} are called {name}. Rename all but one.")
     made_with = {"crop": settings.crop, "degradation": settings.degradation, "seed": settings.seed}
-    if settings.out.is_dir():
-        provenance.claim(settings.out, made_with)
+    provenance.refuse_other(settings.out, made_with)
     for path in tqdm(paths, unit="pair"):
         hr, lr = (settings.out / kind / f"{path.stem}.png" for kind in ("hr", "lr"))
-        if hr.is_file() and lr.is_file():
+        source = provenance.sha256(path)
+        if provenance.is_made_from(hr, source) and provenance.is_made_from(lr, source):
             continue
         pixels = read_pixels(path)
         height, width = (min(side, settings.crop or side) // SCALE * SCALE for side in pixels.shape[-2:])
@@ -72,7 +72,7 @@ def run(settings: MakePairsSettings) -> None:
         provenance.claim(settings.out, made_with)
         for image, target in ((hq, hr), (small, lr)):
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_png(to_bytes(image[0]), target)
+            write_png(to_bytes(image[0]), target, source)
 
 
 def main(arguments: list[str]) -> int:

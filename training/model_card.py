@@ -113,7 +113,7 @@ def card(name: str, size: int, stored: Checkpoint) -> str:
         "no evidence, no basis of a diagnosis, and no means to identify people. What it has not seen in training it\n"
         "restores worst; look at faces and text before you show them. Other factors than four work, but it was not\n"
         "trained for them.\n",
-        f"## Configuration\n\n{_method(config)}",
+        f"## Configuration\n\n{_method(config, training.get('settings', {}))}",
         f"## Parameters\n\n{_table(('Part', 'Numbers'), parts)}",
         f"## Training\n\n{_training(training)}",
         f"## Figures\n\n{_figures(training.get('metrics', {}))}",
@@ -155,7 +155,7 @@ def _use(name: str, config: ClearSRConfig) -> str:
     return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, start=1)) + "\n"
 
 
-def _method(config: ClearSRConfig) -> str:
+def _method(config: ClearSRConfig, settings: dict[str, Any]) -> str:
     control = config.control
     networks = " and ".join(name for name, used in (("DPM", control.use_dpm), ("SPM", control.use_spm)) if used)
     seen = "x_lr alone" if control.control_input == "lr" else "the noisy latent with x_lr added"
@@ -168,12 +168,16 @@ def _method(config: ClearSRConfig) -> str:
     maker = ""
     if config.prompt_mode != "null":
         maker = ", made by the file's own encoder" if config.image_encoder else ", made by CLIP ViT-H/14"
-    anchor = "the encoder with LoRA" if config.anchor == "lr_encoder" else "the plain encoder"
+    # A LoRA that training held at zero is in the file all the same.
+    places = {"vae_lora": "the VAE's encoder", "unet_lora": "the attention of the UNet's decoder"}
+    adapted = [key for key in places if config.lora_rank and settings.get(key, True)]
+    with_lora = config.anchor == "lr_encoder" and "vae_lora" in adapted
+    anchor = "the encoder with LoRA" if with_lora else "the plain encoder"
     lines = [
         f"Control by {networks}, which see {seen}; computed {time}.",
         _windows(control),
-        f"LoRA of rank {config.lora_rank} on the VAE's encoder and on the attention of the UNet's decoder."
-        if config.lora_rank
+        f"LoRA of rank {config.lora_rank} on {' and on '.join(places[key] for key in adapted)}."
+        if adapted
         else "No LoRA.",
         f"Image prompt: {prompts[config.prompt_mode]}{maker}.",
         f"Start and latent space adjustment use x_lr of {anchor}.",

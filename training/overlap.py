@@ -8,10 +8,10 @@ as long as its side is a quarter or more of the shorter side there. Rotated or p
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from . import command_line, config
-from .photographs import SUFFIXES, read_rgb, reason
+from . import command_line, config, provenance
+from .photographs import SUFFIXES, first, read_named, read_rgb, reason
 
 log = logging.getLogger("clearsr.training")
 
@@ -199,12 +199,32 @@ def _pictures(folder: Path) -> list[Path]:
     return found
 
 
+def _provide_for(report: Path) -> None:
+    """Make the folder of the report and try to write there: after hours of search it would be too late to fail.
+
+    Raises:
+        ConfigError: no file can be written at that place.
+    """
+    if report.is_dir():
+        raise config.ConfigError(f"--report={report} is a folder. Give the path of a file, as {report}/overlap.json.")
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=report.parent):
+            pass
+    except OSError as error:
+        raise config.ConfigError(
+            f"--report={report} cannot be written ({error.strerror or error}). Give a file at another place."
+        ) from error
+
+
 def run(settings: OverlapSettings) -> list[Match]:
     """Look for every picture of `held` in every picture of `data`; return what was found, likest first."""
-    held = [path for folder in settings.held for path in _pictures(folder)[: settings.limit or None]]
+    held = [path for folder in settings.held for path in first(_pictures(folder), settings.limit)]
     if not held:
         raise config.ConfigError("--held names no folder.")
-    wanted = np.stack([signatures(read_rgb(path)) for path in held])
+    if settings.report != Path():
+        _provide_for(settings.report)
+    wanted = np.stack([signatures(read_named(path)) for path in held])
     matches, nearest = [], np.full(len(held), KEPT**2)
     searched = _pictures(settings.data)
     for path in tqdm(searched, unit="picture"):
@@ -230,7 +250,7 @@ def run(settings: OverlapSettings) -> list[Match]:
             "nearest": np.bincount(nearest).tolist(),  # number of pictures in `held` by the fewest bits that differ
             "matches": [asdict(match) for match in matches],
         }
-        settings.report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        provenance.write_json(settings.report, content, indent=2)
     log.info("%d pictures looked for in %d; the nearest differs in %d bits.", len(held), len(searched), nearest.min())
     return matches
 

@@ -112,10 +112,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def mean_and_any(accelerator: Accelerator, value: Tensor, flag: bool) -> tuple[float, bool]:
-    """Return the mean of a number over all processes, and whether any of them raised its flag."""
-    both = torch.stack([value.detach().float(), torch.tensor(float(flag), device=value.device)])
+def means_and_any(accelerator: Accelerator, values: Tensor, flag: bool) -> tuple[list[float], bool]:
+    """Return the means of numbers (n,) over all processes, and whether any of them raised its flag."""
+    together = torch.cat([values.detach().float(), torch.tensor([float(flag)], device=values.device)])
     if accelerator.num_processes > 1:
-        both = cast("Tensor", accelerator.reduce(both, reduction="mean"))
-    mean, share = both.tolist()
-    return mean, share > 0.0
+        together = cast("Tensor", accelerator.reduce(together, reduction="mean"))
+    *means, share = together.tolist()
+    return means, share > 0.0

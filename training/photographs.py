@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import logging
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from . import shards, synthetic
+from . import config, provenance, shards, synthetic
 from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
@@ -26,19 +28,32 @@ log = logging.getLogger("clearsr.training")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 ROTATED = {5, 6, 7, 8}  # values of the EXIF orientation that swap height and width
 ORIENTATION = 0x0112  # the EXIF tag
+LOOKED_AT = 32  # pictures whose pixels tell one set of photographs from another
 CHUNK = 64  # pictures that the chunked order takes together where there are no shards
 
 Order = Literal["area", "chunked"]
+_Item = TypeVar("_Item")
+
+
+def first(items: Sequence[_Item], limit: int) -> Sequence[_Item]:
+    """Return what `--limit` leaves of `items`: the first of them, or all where it is 0.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if limit < 0:
+        raise config.ConfigError(f"--limit={limit}: give the number of pictures to take, or 0 for all.")
+    return items[: limit or None]
 
 
 def read_rgb(file: Path | io.BytesIO) -> np.ndarray:
     """Read a picture as (H, W, 3) uint8: upright, grey, CMYK, palette and 16 bit converted, alpha on white."""
     with Image.open(file) as picture:
+        kind = picture.format
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
             values = np.asarray(picture, dtype=np.float32)
-            scale = 255.0 / 65535.0 if values.max() > 255 else 1.0
-            grey = np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)
+            grey = np.clip(values * _scale_to_bytes(picture.mode, kind, values) + 0.5, 0, 255).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=2)
         if "A" in picture.mode or "transparency" in picture.info:
             picture = picture.convert("RGBA")
@@ -47,17 +62,38 @@ def read_rgb(file: Path | io.BytesIO) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
-def read_pixels(path: Path) -> Tensor:
-    """Read a picture as (1, 3, H, W) float32 in [0, 1].
+def _scale_to_bytes(mode: str, kind: str | None, values: np.ndarray) -> float:
+    """Return what brings grey of more than 8 bits to 0 .. 255.
+
+    Where the mode says what white is, that decides: the highest value of a dark picture says nothing. Floats and whole
+    numbers of 32 bits have no agreed white, and their range has to tell.
+    """
+    if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillows open PNGs of 16 bits as I
+        return 1.0 / 257.0
+    if mode == "F" and values.max() <= 1.0:
+        return 255.0
+    return 1.0 / 257.0 if values.max() > 255.0 else 1.0
+
+
+def read_named(path: Path) -> np.ndarray:
+    """Read a picture as `read_rgb`, (H, W, 3) uint8.
 
     Raises:
         ValueError: it cannot be read; the message says which and why.
     """
     try:
-        picture = read_rgb(path)
+        return read_rgb(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: of broken PNGs
         raise ValueError(f"{path} cannot be read ({reason(error)}). Replace it, or take it out.") from error
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255.0
+
+
+def read_pixels(path: Path) -> Tensor:
+    """Read a picture as (1, 3, H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: as `read_named`.
+    """
+    return torch.from_numpy(read_named(path).copy()).permute(2, 0, 1)[None].float() / 255.0
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
@@ -65,11 +101,17 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
     return np.ascontiguousarray((pixels * 255.0).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def write_png(image: np.ndarray, path: Path) -> None:
-    """Write (H, W, 3) uint8 whole or not at all, so that what a stopped run leaves can be kept."""
+def write_png(image: np.ndarray, path: Path, made_from: str = "") -> None:
+    """Write (H, W, 3) uint8 whole or not at all, so that what a stopped run leaves can be kept.
+
+    `made_from`, the SHA-256 of the file that it was made from, goes into the PNG for `provenance.is_made_from`.
+    """
+    text = PngImagePlugin.PngInfo()
+    if made_from:
+        text.add_text(provenance.MADE_FROM, made_from)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
-    Image.fromarray(image).save(unfinished, "PNG")
+    Image.fromarray(image).save(unfinished, "PNG", pnginfo=text)
     os.replace(unfinished, path)
 
 
@@ -343,12 +385,27 @@ class Photographs:
         """Name and shape (H, W, 3) of every picture: what decides which crops there are."""
         return [(self._source.names[number], (*self._source.sizes[number], 3)) for number in self._numbers]
 
-    @property
+    @functools.cached_property
     def identity(self) -> list[object]:
-        """What decides which picture every crop is cut from: the pictures, and in the chunked order their chunks."""
+        """What decides every crop: the pictures and what is in them, and in the chunked order their chunks.
+
+        Names and sizes alone are not enough: `00000.png` of 1024 x 1024 pixels is in more than one data set. Of many
+        pictures some stand for all, decoded, as shards may hold them in another file format.
+        """
+        found: list[object] = [*self.listing, self._content()]
         if self._chunked is None:
-            return list(self.listing)
-        return [*self.listing, self.order, [len(chunk) for chunk in self._chunked.chunks]]
+            return found
+        return [*found, self.order, [len(chunk) for chunk in self._chunked.chunks]]
+
+    def _content(self) -> str:
+        """Return a digest of the pixels of at most `LOOKED_AT` pictures, spread over all."""
+        digest, count = hashlib.sha256(), len(self._numbers)
+        chosen = range(count) if count <= LOOKED_AT else [place * count // LOOKED_AT for place in range(LOOKED_AT)]
+        for number in (self._numbers[place] for place in chosen):
+            picture = self._decoded.get(number)
+            picture = self._decode(number) if picture is None else picture
+            digest.update(b"" if picture is None else picture.tobytes())
+        return digest.hexdigest()
 
     @property
     def megapixels(self) -> float:

@@ -37,6 +37,7 @@ _PARTS = {
     "null_text": "empty prompt",
     "perceptual.": "EffLite",
     "model.": "autoencoder",
+    "discriminator.": "discriminator",
 }
 _LORAS = {"model.unet.": "UNet LoRA", "model.lr_encoder.": "VAE LoRA"}
 
@@ -138,6 +139,8 @@ def main(arguments: list[str]) -> int:
         settings = command_line.settings(kind, others, __doc__, {"out": "runs/plan"}, preset)
         assert isinstance(settings, DataSettings)
         with torch.random.fork_rng(devices=[]):
+            if not processes.isdecimal() or int(processes) < 1:
+                raise config.ConfigError(f"--processes={processes}: give a number from 1 on.")
             log.info("%s", describe(settings, int(processes)))
     except (config.ConfigError, ValueError) as error:
         log.error("%s", error)

@@ -45,7 +45,7 @@ class PrepareSettings:
     data: tuple[Path, ...]  # folders, searched with everything below them
     out: Path = Path()  # folder for the shards; empty = only check
     report: Path = Path()  # JSON file with the whole report; empty = report.json among the shards
-    smallest: int = 512  # pictures with a side under this many pixels are left out
+    smallest: int = 512  # pictures with a side under this many pixels, shrunk or not, are left out
     shard_mb: int = 256  # size of one shard, in 1e6 bytes
     long_side: int = 0  # larger pictures are shrunk to this many pixels, as PNG; 0 = never
     limit_ffhq: int = 10_000  # the paper takes the first 10,000 faces; 0 = all
@@ -97,9 +97,19 @@ def examine(path: Path, name: str, where: PurePath, settings: PrepareSettings) -
     except Exception as error:  # Pillow raises many kinds for damaged files; each belongs into the report.
         why = reason(error)
         return dataclasses.replace(found, left_out="cut off" if why == "cut off" else "broken", detail=why)
-    if min(height, width) < settings.smallest:
-        return dataclasses.replace(found, left_out="small", detail=f"{width}x{height}")
+    final = _shrunk(height, width, settings.long_side)
+    if min(final) < settings.smallest:
+        shrunk = "" if final == (height, width) else f", shrunk to {final[1]}x{final[0]}"
+        return dataclasses.replace(found, left_out="small", detail=f"{width}x{height}{shrunk}")
     return dataclasses.replace(found, left_out=layouts.why_left_out(where, layout, settings.limit_ffhq) or "")
+
+
+def _shrunk(height: int, width: int, long_side: int) -> tuple[int, int]:
+    """Return (height, width) with a longer side of at most `long_side` pixels (0 = any) and the same shape."""
+    if not 0 < long_side < max(height, width):
+        return height, width
+    factor = long_side / max(height, width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _files(settings: PrepareSettings) -> tuple[list[tuple[Path, str, PurePath]], int]:
@@ -236,16 +246,13 @@ def _entry(finding: Finding, long_side: int) -> shards.Entry:
     data = finding.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != finding.sha256:
         raise ValueError(f"{finding.path} has changed since it was checked. Run the command again.")
-    shrink = 0 < long_side < max(finding.height, finding.width)
+    height, width = _shrunk(finding.height, finding.width, long_side)
+    shrink = (height, width) != (finding.height, finding.width)
     if finding.format in COPIED and not shrink:
         return shards.Entry(finding.name, COPIED[finding.format], data, finding.height, finding.width)
     picture = Image.fromarray(read_rgb(io.BytesIO(data)))
     if shrink:
-        factor = long_side / max(picture.size)
-        picture = picture.resize(
-            tuple(max(1, round(side * factor)) for side in picture.size),  # type: ignore[arg-type]
-            Image.Resampling.LANCZOS,
-        )
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return shards.Entry(finding.name, ".png", file.getvalue(), picture.height, picture.width)

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import PngImagePlugin
+
 NAME = "made_with.json"
+MADE_FROM = "made-from"  # PNG text of a picture that is kept: SHA-256 of the file that it was made from
 
 
 class OtherSettingsError(ValueError):
@@ -23,6 +26,16 @@ def claim(folder: Path, made_with: dict[str, Any]) -> None:
     Args:
         folder: made where there is none.
         made_with: everything that decides the content, as JSON can hold it.
+
+    Raises:
+        OtherSettingsError: as `refuse_other`.
+    """
+    refuse_other(folder, made_with)
+    write_json(folder / NAME, made_with, indent=2)
+
+
+def refuse_other(folder: Path, made_with: dict[str, Any]) -> None:
+    """Refuse to go on with what was made otherwise, as `claim`, but note nothing: for what can still fail at its start.
 
     Raises:
         OtherSettingsError: the folder's note differs, or cannot be read.
@@ -39,7 +52,18 @@ def claim(folder: Path, made_with: dict[str, Any]) -> None:
             raise OtherSettingsError(
                 f"{folder} holds what was made with another {', '.join(changed)}: give another folder, or delete it."
             )
-    write_json(path, made_with, indent=2)
+
+
+def is_made_from(picture: Path, source: str) -> bool:
+    """Return whether there is a picture that says it was made from the file of SHA-256 `source`.
+
+    One that says nothing, as all made before pictures said so, counts as made from another file.
+    """
+    try:
+        with PngImagePlugin.PngImageFile(picture) as kept:  # Image.open refuses results that are very large
+            return kept.info.get(MADE_FROM) == source
+    except (OSError, SyntaxError, ValueError):  # not there, or damaged: SyntaxError is of broken PNGs
+        return False
 
 
 def write_json(path: Path, content: object, indent: int | None = None) -> None:

@@ -53,6 +53,14 @@ def run(settings: ReplaceSettings) -> None:
         )
     vae = AutoencoderKL.from_pretrained(settings.run / "vae", local_files_only=True, use_safetensors=True)
     ours = stored.tensors["base.vae"]
+    found = (tuple(vae.config.block_out_channels), vae.config.layers_per_block)
+    wanted = (networks.vae_widths, networks.vae_blocks)
+    if found != wanted:
+        raise ValueError(
+            f"--run={settings.run} has an autoencoder of (widths, blocks) {found}, --checkpoint="
+            f"{settings.checkpoint} one of {wanted}: train the decoder with --init= that file and "
+            "--freeze_encoder=true."
+        )
     trained = vae_to_host(vae.state_dict(), networks)
     theirs = {
         name: torch.lerp(ours[name].float(), value, settings.share).to(torch.float16) for name, value in trained.items()
@@ -81,7 +89,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         run(command_line.settings(ReplaceSettings, arguments, __doc__))
-    except (config.ConfigError, CheckpointError, snapshot.SnapshotError, ValueError) as error:
+    except (config.ConfigError, CheckpointError, snapshot.SnapshotError, ValueError, OSError) as error:
         log.error("%s", error)
         return 1
     return 0

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig
 
-from . import command_line, loop, provenance
-from .clearsr_model import ClearSRModel
-from .photographs import SUFFIXES, read_pixels, to_bytes, write_png
-from .pipeline import ColorFix, restore
+from . import command_line, config, loop, provenance
+from .clearsr_model import ClearSRModel, require_file
+from .photographs import SUFFIXES, first, read_pixels, to_bytes, write_png
+from .pipeline import ColorFix, restore, sampling_schedule
 
 log = logging.getLogger("clearsr.training")
 
@@ -31,7 +31,7 @@ class RestoreSettings:
 
     checkpoint: Path  # a self-contained ClearSR file
     lr: Path  # folder of low-resolution pictures
-    out: Path  # folder for the results, under the same names; existing ones are kept
+    out: Path  # folder for the results, under the same names; those of the same pictures are kept
     limit: int = 0  # 0 = all
     scale: int = 4  # results are so many times the size of the pictures
     steps: int = 50  # of the sampler
@@ -47,12 +47,16 @@ class RestoreSettings:
 
 
 def run(settings: RestoreSettings) -> None:
-    """Upscale every picture that has no result yet.
+    """Upscale every picture that has no result yet; a result that is not of this very file is made anew.
 
     Raises:
+        ConfigError: settings that cannot be; then, as with a file that cannot be used, nothing is written.
         ValueError: no pictures, equal names, one that cannot be read, or results of other settings in `out`.
         CheckpointError: the file is no self-contained ClearSR file.
     """
+    if settings.scale < 1:
+        raise config.ConfigError(f"--scale={settings.scale}: give 1 or more, how many times larger the results are.")
+    sampling_schedule(settings.steps, "leading", settings.denoise)  # refuses what cannot be
     if settings.threads:
         torch.set_num_threads(settings.threads)
     lsa = LSAConfig(
@@ -70,12 +74,17 @@ def run(settings: RestoreSettings) -> None:
     name, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{times} pictures in --lr={settings.lr} are called {name}. Rename all but one.")
+    paths = first(paths, settings.limit)
+    require_file(settings.checkpoint)
     made_with = {key: value for key, value in loop.plain(settings).items() if key not in _MAY_CHANGE}
-    provenance.claim(settings.out, {**made_with, "checkpoint": provenance.sha256(settings.checkpoint)})
+    made_with["checkpoint"] = provenance.sha256(settings.checkpoint)
+    provenance.refuse_other(settings.out, made_with)
     model = ClearSRModel.from_checkpoint(settings.checkpoint)
-    for path in tqdm(paths[: settings.limit or None], unit="picture"):
-        target = settings.out / f"{path.stem}.png"
-        if target.exists():
+    # Not before the file has proved good: the claim of a run that made nothing would refuse the right command.
+    provenance.claim(settings.out, made_with)
+    for path in tqdm(paths, unit="picture"):
+        target, source = settings.out / f"{path.stem}.png", provenance.sha256(path)
+        if provenance.is_made_from(target, source):
             continue
         restored = restore(
             model,
@@ -87,7 +96,7 @@ def run(settings: RestoreSettings) -> None:
             lsa=lsa,
             color_fix=settings.color_fix,
         )
-        write_png(to_bytes(restored[0]), target)
+        write_png(to_bytes(restored[0]), target, source)
 
 
 def main(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from . import provenance
 from .snapshot import SnapshotError
 
 _LOCK = "run.lock"
@@ -123,4 +124,5 @@ def _forget_after(stats: Path, step: int) -> None:
     """Drop the rows of steps that a kill undid and that are now done again."""
     if stats.is_file():
         kept = [row for row in rows(stats.parent) if row["step"] <= step]
-        stats.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+        with provenance.replacing(stats) as unfinished:
+            unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")

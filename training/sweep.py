@@ -2,8 +2,8 @@
 
     python -m training.sweep --checkpoint=FILE --hr=HR --lr=LR --out=out/sweep --alphas=0,0.01,0.03 --betas=0,0.01,0.03
 
-Every setting has a folder of finished pictures in `out`; those that exist are kept, so the same command goes on after a
-stop, and a finer grid costs only what is new.
+Every setting has a folder of finished pictures in `out`; those of the same LR files are kept, so the same command goes
+on after a stop, and a finer grid costs only what is new.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig, phase_lengths
 
 from . import command_line, config, evaluate, loop, plots, provenance, tables
-from .clearsr_model import ClearSRModel
+from .clearsr_model import ClearSRModel, require_file
 from .evaluate import EvaluationSettings
 from .photographs import read_pixels, to_bytes, write_png
 from .pipeline import (
@@ -128,24 +128,38 @@ def over_betas(
 
 
 def restore_grid(settings: SweepSettings) -> None:
-    """Upscale every picture at every place of the grid that has no result yet."""
+    """Upscale every picture at every place of the grid that has no result yet; one of another LR file is made anew.
+
+    Raises:
+        ValueError: settings that cannot be, results of other settings in `out`, or pictures that cannot be read.
+        CheckpointError: the file is no self-contained ClearSR file; then `out` is as it was.
+    """
     pairs = evaluate.find_pairs(settings.hr, settings.lr, settings.limit)
+    sampling_schedule(settings.steps, "leading", settings.denoise)  # refuses what cannot be, as `lsa` does
+    for alpha in settings.alphas:
+        for beta in settings.betas:
+            settings.lsa(alpha, beta)
+    require_file(settings.checkpoint)
     made_with = {key: value for key, value in loop.plain(settings).items() if key not in _MAY_CHANGE}
-    provenance.claim(settings.out, {**made_with, "checkpoint": provenance.sha256(settings.checkpoint)})
+    made_with["checkpoint"] = provenance.sha256(settings.checkpoint)
+    provenance.refuse_other(settings.out, made_with)
     model = None
     count = len(pairs) * len(settings.alphas) * len(settings.betas)
     with tqdm(total=count, unit="picture") as progress:
         for pair in pairs:
-            encoded = None
+            encoded, source = None, provenance.sha256(pair.lr)
             for alpha in settings.alphas:
                 targets = {
                     beta: settings.out / setting_name(alpha, beta) / f"{pair.name}.png" for beta in settings.betas
                 }
-                missing = [beta for beta, target in targets.items() if not target.exists()]
+                missing = [beta for beta, target in targets.items() if not provenance.is_made_from(target, source)]
                 progress.update(len(targets) - len(missing))
                 if not missing:
                     continue
-                model = model or ClearSRModel.from_checkpoint(settings.checkpoint)
+                if model is None:
+                    model = ClearSRModel.from_checkpoint(settings.checkpoint)
+                    # Not before the file has proved good: see `training.restore`.
+                    provenance.claim(settings.out, made_with)
                 encoded = encoded or encode_lr(model, read_pixels(pair.lr), evaluate.SCALE)
                 progress.set_postfix_str(f"{pair.name} alpha {alpha:g}")
                 grid = [settings.lsa(alpha, beta) for beta in missing]
@@ -153,7 +167,7 @@ def restore_grid(settings: SweepSettings) -> None:
                     model, encoded, settings.seed, settings.steps, grid, settings.denoise, settings.color_fix
                 )
                 for beta, result in zip(missing, results, strict=True):
-                    write_png(to_bytes(result[0]), targets[beta])
+                    write_png(to_bytes(result[0]), targets[beta], source)
                     progress.update()
 
 
@@ -231,6 +245,7 @@ def run(settings: SweepSettings) -> None:
         torch.set_num_threads(settings.threads)
     if settings.efflite:
         evaluate.prepare_efflite()
+    evaluate.check_sizes(evaluate.find_pairs(settings.hr, settings.lr, settings.limit))
     restore_grid(settings)
     write_sweep(settings, measure_grid(settings))
 

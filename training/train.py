@@ -12,6 +12,8 @@ if not __package__:  # `accelerate launch training/train.py` runs this file as a
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "training"
 
+import torch
+
 from . import command_line, config, loop, parallel
 from .snapshot import SnapshotError
 
@@ -44,6 +46,9 @@ def train(stage_kind: Callable[..., loop.Stage], settings: loop.LoopSettings) ->
         if not accelerator.is_main_process:
             log.setLevel(logging.ERROR)  # everything is said once
         here = dataclasses.replace(settings, device=str(accelerator.device))
+        if settings.threads:  # before anything is encoded
+            torch.set_num_threads(settings.threads)
+        _check_paths(settings)
         with accelerator.local_main_process_first():  # the others find what the first one encoded
             stage = stage_kind(here)
         finished = loop.run_with(accelerator, stage, here, identity)
@@ -52,6 +57,16 @@ def train(stage_kind: Callable[..., loop.Stage], settings: loop.LoopSettings) ->
         del stage  # which holds parts of weights
         loop.finish_from_snapshot(stage_kind(settings), settings, identity)
     return finished
+
+
+def _check_paths(settings: loop.LoopSettings) -> None:
+    """Refuse what could not be read or written, before pictures are decoded and crops encoded."""
+    if settings.init != Path() and not settings.init.exists():
+        raise ValueError(f"--init={settings.init} is not there.")
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out={settings.out} cannot be a folder of a run ({error.strerror}).") from error
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +80,10 @@ def main(arguments: list[str]) -> int:
         preset, others = command_line.preset(arguments, __doc__)
         settings_kind, stage_kind = stage_of(str(preset.pop("stage", "")))
         finished = train(stage_kind, command_line.settings(settings_kind, others, __doc__, preset))
-    except (config.ConfigError, SnapshotError, FloatingPointError, ValueError) as error:
+    except KeyboardInterrupt:  # the loop itself saves and ends by itself
+        log.error("Stopped before the first step; what was being encoded is encoded again next time.")
+        return 130
+    except (config.ConfigError, SnapshotError, FloatingPointError, ValueError, OSError) as error:
         log.error("%s", error)
         return 1
     return 0 if finished else 130

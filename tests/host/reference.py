@@ -6,6 +6,7 @@ Usage: python reference.py ROOT CHECKPOINT INPUT.safetensors OUTPUT.safetensors 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 
@@ -20,7 +21,7 @@ checkpoint, source, target = sys.argv[2:5]
 seed, steps = int(sys.argv[5]), int(sys.argv[6])
 ela_strength, lla_strength, denoise = map(float, sys.argv[7:10])
 with torch.inference_mode():
-    model = ClearSRModel.from_checkpoint(checkpoint)  # type: ignore[arg-type]
+    model = ClearSRModel.from_checkpoint(Path(checkpoint))
     encoded = encode_lr(model, load_file(source)["image"].movedim(-1, 1))
     noise, generator = noise_sources(encoded.lr_latent.shape, seed)
     x_0 = sample(

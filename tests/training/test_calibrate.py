@@ -109,3 +109,19 @@ def test_the_command_writes_the_curve(chain: Path, tmp_path: Path, caplog: pytes
     assert calibrate.main([*command, "--niqe_hr=4.5", "--every=3"]) == 0
     written = json.loads((tmp_path / "out" / "calibration.json").read_text(encoding="utf-8"))
     assert (set(written["curves"]), list(written["curves"]["niqe"]), written["niqe_hr"]) == ({"niqe"}, ["1", "3"], 4.5)
+
+
+def test_sizes_are_checked_before_the_model_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, (width, height) in {"hr": (192, 96), "lr": (48, 25)}.items():
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (width, height)).save(tmp_path / name / "a.png")
+    command = [f"--checkpoint={tmp_path}/missing", f"--lr={tmp_path}/lr", f"--out={tmp_path}/out"]
+    assert calibrate.main([*command, f"--hr={tmp_path}/hr"]) == 1
+    assert "a.png is 192 x 96 and a.png 48 x 25; expected 4 to 1" in caplog.messages[-1]
+    Image.new("RGB", (47, 24)).save(tmp_path / "lr" / "a.png")
+    assert calibrate.main([*command, "--niqe_hr=4"]) == 1
+    assert "a.png is 47 x 24" in caplog.messages[-1]
+    assert "24 x 48" in caplog.messages[-1]
+    Image.new("RGB", (48, 24)).save(tmp_path / "lr" / "a.png")
+    assert calibrate.main([*command, "--niqe_hr=4", "--limit=-1"]) == 1
+    assert "--limit=-1" in caplog.messages[-1]

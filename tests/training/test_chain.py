@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clearsr_core import checkpoint
@@ -31,7 +32,7 @@ from training.base_model import BaseModel
 from training.checkpointing import Checkpointing, checkpoint_blocks
 from training.clearsr import ClearSRSettings, ClearSRStage
 from training.clearsr_model import ClearSRModel
-from training.latents import Crops
+from training.latents import Crops, encoded_once
 from training.photographs import Photographs, read_rgb
 from training.pipeline import noise_sources, pad_to_grid, sample
 from training.pipeline import restore as restore_picture
@@ -632,3 +633,123 @@ def test_every_step_draws_other_timesteps_and_degradations(chain: Path, tmp_path
     timesteps = torch.cat([batch.timesteps for batch in batches])
     assert int(timesteps.min()) < 100
     assert int(timesteps.max()) > 900
+
+
+@pytest.mark.parametrize("part", ["vae_lora", "unet_lora"])
+def test_a_lora_that_is_off_is_silent_after_init_too(chain: Path, tmp_path: Path, part: str) -> None:
+    command = _continued(
+        chain, tmp_path, "--preset=nano", f"--base={chain}/base", "--crops=0", "--steps=1", "--warmup=0"
+    )
+    before = checkpoint.read(chain / "nano" / "clearsr.safetensors").tensors[part]
+    assert any(value.any() for name, value in before.items() if name.endswith("lora_B.weight"))
+    assert train.main([*command, f"--{part}=false", "--ema=0"]) == 0
+    after = checkpoint.read(tmp_path / "clearsr.safetensors")
+    assert not any(value.any() for name, value in after.tensors[part].items() if name.endswith("lora_B.weight"))
+    place = {"vae_lora": "on the VAE's encoder", "unet_lora": "on the attention of the UNet's decoder"}
+    written = (tmp_path / "clearsr.md").read_text()
+    assert place[part] not in written
+    assert all(text in written for key, text in place.items() if key != part)
+
+
+def test_the_empty_prompt_is_a_part_of_the_base(chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Pairs that were encoded with another one are encoded anew, and a run is not continued on it."""
+    other = BaseModel.load(chain / "base")
+    BaseModel(other.unet, other.vae, other.null_text + 1.0).save(tmp_path / "other")
+    shared = ["--preset=nano", f"--data={chain}/photographs", "--threads=1", "--crop=64", "--batch=2", "--crops=2"]
+    shared += [f"--cache={tmp_path}/c.safetensors", f"--pair_cache={tmp_path}/p.safetensors", "--validate_every=0"]
+    shared += ["--freeze_encoders=true", "--prompt_mode=null", "--steps=1"]
+    prompts = []
+    for base in (chain / "base", tmp_path / "other"):
+        assert train.main([*shared, f"--base={base}", f"--out={tmp_path}/{base.name}_run"]) == 0
+        prompts.append(load_file(tmp_path / "p.safetensors")["prompts"])
+    torch.testing.assert_close(prompts[1], prompts[0] + 1.0)
+    assert train.main([*shared, f"--base={tmp_path}/other", f"--out={tmp_path}/base_run", "--steps=2"]) == 1
+    assert "a run on another base model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--crop=100"], "--crop=100: give a multiple of 8"),
+        (["--crop=8"], "--crop=8: give a multiple of 8 from 32 on"),
+        (["--candidates=0"], "--candidates=0"),
+        (["--memory_gb=-1"], "--memory_gb=-1"),
+        (["--prompt_dropout=2"], "--prompt_dropout=2"),
+        (["--rank=0"], "--vae_lora=false --unet_lora=false"),
+        (["--prompt_mode=null", "--clip_vision=somewhere"], "no use for --clip_vision"),
+        (["--init=/not/there.safetensors"], "--init=/not/there.safetensors is not there"),
+        (["--out=/proc/run"], "--out=/proc/run cannot be a folder of a run"),
+        (["--preset", "smoke"], "--key=value"),
+    ],
+)
+def test_impossible_settings_end_before_anything_is_read(
+    chain: Path, tmp_path: Path, settings: list[str], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["--preset=nano", "--data=/not/there", f"--base={chain}/base", f"--out={tmp_path}"]
+    assert train.main([*command, *settings]) == 1
+    assert said in caplog.text
+    assert "photographs" not in caplog.text
+
+
+def test_no_preset_is_asked_for_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    assert train.main(["--steps=1"]) == 1
+    assert "Please give --preset=NAME: " in caplog.text
+    assert "nano" in caplog.text
+
+
+def test_the_decoder_alone_is_not_trained_on_an_encoder_that_knows_nothing(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["--preset=nano_adversarial", f"--data={chain}/photographs", "--crop=64", f"--out={tmp_path}"]
+    assert train.main(command) == 1
+    assert "--freeze_encoder=true" in caplog.text
+    assert "give --init=" in caplog.text
+
+
+def test_a_stop_before_the_first_step_is_said_in_a_sentence(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "encode", stopped)
+    command = ["--preset=nano", f"--data={chain}/photographs", f"--base={chain}/base", "--crop=64", "--crops=2"]
+    assert train.main([*command, f"--cache={tmp_path}/c.safetensors", f"--out={tmp_path}/run"]) == 130
+    assert "Stopped before the first step" in caplog.text
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_torchs_threads_are_set_before_crops_are_encoded(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = models.encode
+
+    def counting(*arguments: object) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return real(*arguments)  # type: ignore[arg-type]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(models, "encode", counting)
+    try:
+        command = ["--preset=nano", f"--data={chain}/photographs", f"--base={chain}/base", "--crop=64", "--crops=2"]
+        more = ["--threads=1", "--steps=1", "--batch=1", "--validate_every=0", f"--cache={tmp_path}/c.safetensors"]
+        assert train.main([*command, *more, f"--out={tmp_path}/run"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
+def test_two_runs_may_encode_into_one_cache_at_a_time(tmp_path: Path) -> None:
+    """Each writes a file of its own and puts it in place whole."""
+    cache = tmp_path / "c.safetensors"
+
+    def encode(numbers: Tensor) -> dict[str, Tensor]:
+        if not cache.exists():
+            encoded_once(cache, "other", 2, lambda n: {"x": n.float()}, "inner")  # a second run overtakes
+        return {"x": numbers.float() + 1.0}
+
+    assert encoded_once(cache, "ours", 2, encode, "outer")["x"].tolist() == [1.0, 2.0]
+    assert encoded_once(cache, "ours", 2, encode, "again")["x"].tolist() == [1.0, 2.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]

@@ -133,3 +133,22 @@ def test_the_file_tells_the_nodes_what_to_do(clip, tmp_path: Path, monkeypatch, 
     with torch.no_grad():
         eps = again.eps(torch.zeros(1, 4, 16, 16), torch.tensor([5]), torch.zeros(1, 4, 16, 16), prompt(images))
     assert torch.isfinite(eps).all()
+
+
+def test_a_file_of_clip_features_without_clip_is_told_once(
+    clip, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(exporting, "SD21_NETWORKS", NETWORKS)
+    monkeypatch.setattr("clearsr_core.config.SD21_NETWORKS", NETWORKS)
+    prompt, base = ClipImagePrompt(clip, patch=False), BaseModel.random(NETWORKS, 0)
+    model = ClearSRModel(base, TINY, 2, "pooled", 0, prompt)
+    for mode in ("pooled", "null"):
+        path = tmp_path / f"{mode}.safetensors"
+        exporting.export(model, path, rank=2, prompt_mode=mode, anchor="lr_encoder", training={})
+    ClearSRModel.from_checkpoint(tmp_path / "pooled.safetensors", BaseModel.random(NETWORKS, 0), prompt)
+    ClearSRModel.from_checkpoint(tmp_path / "null.safetensors", BaseModel.random(NETWORKS, 0))
+    assert not caplog.messages
+    ClearSRModel.from_checkpoint(tmp_path / "pooled.safetensors", BaseModel.random(NETWORKS, 0))
+    assert len(caplog.messages) == 1
+    assert "pooled.safetensors was trained with CLIP features" in caplog.text
+    assert "empty prompt" in caplog.text

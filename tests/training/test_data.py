@@ -159,7 +159,7 @@ def test_pictures_go_into_shards_byte_for_byte_unless_they_must_be_converted(fol
         original = folder / member.name
         assert (stored == original.read_bytes()) == (original.suffix != ".bmp")
         assert np.array_equal(read_rgb(io.BytesIO(stored)), read_rgb(original))
-    assert pack(folder, tmp_path / "small", "--long_side=40") == 0
+    assert pack(folder, tmp_path / "small", "--smallest=16", "--long_side=40") == 0
     members = shards.ShardIndex.read(tmp_path / "small").shards[0].members
     assert max(max(member.height, member.width) for member in members) == 40
     assert {Path(member.name).name for member in members} == {
@@ -467,3 +467,49 @@ def test_an_outdated_cache_is_not_even_loaded(tmp_path: Path, monkeypatch: pytes
     assert loaded == []
     assert latents.encoded_once(cache, "new", 2, encode, "encoding").keys() == {"latents"}
     assert loaded == [cache]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("value", [100, 200, 257, 30_000, 65_535])
+def test_pictures_of_16_bits_are_scaled_by_their_mode(tmp_path: Path, suffix: str, value: int) -> None:
+    """A dark one is dark, however low its highest value."""
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.full((3, 5), value, dtype=np.uint16)).save(path)
+    assert np.array_equal(read_rgb(path), np.full((3, 5, 3), round(value / 257), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.0, 0), (0.5, 128), (1.0, 255), (2.0, 2), (200.0, 200), (25_700.0, 100)]
+)
+def test_pictures_of_floats_are_scaled_by_their_range(tmp_path: Path, value: float, expected: int) -> None:
+    Image.fromarray(np.full((3, 5), value, dtype=np.float32)).save(tmp_path / "a.tiff")
+    assert np.array_equal(read_rgb(tmp_path / "a.tiff"), np.full((3, 5, 3), expected, dtype=np.uint8))
+
+
+def test_a_picture_that_shrinking_makes_too_small_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Judged by its shorter side behind --long_side, not in front of it."""
+    caplog.set_level("INFO")
+    (tmp_path / "data").mkdir()
+    picture(40, 80, 0).save(tmp_path / "data" / "long.png")
+    picture(40, 44, 1).save(tmp_path / "data" / "square.png")
+    assert pack(tmp_path / "data", tmp_path / "shards", "--long_side=40") == 0
+    members = shards.ShardIndex.read(tmp_path / "shards").shards[0].members
+    assert [(member.name, member.height, member.width) for member in members] == [("square.png", 36, 40)]
+    assert "long.png (80x40, shrunk to 40x20)" in caplog.text
+
+
+def test_pictures_of_the_same_names_and_sizes_are_another_set(tmp_path: Path) -> None:
+    """`00000.png` of 1024 x 1024 pixels is in more than one data set; shards of a folder are the same set."""
+    for folder, seed in (("a", 0), ("b", 1)):
+        generator = np.random.default_rng(seed)
+        (tmp_path / folder).mkdir()
+        for number in range(40):
+            picture = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / folder / f"{number:05d}.png")
+    assert prepare.main([f"--data={tmp_path}/a", f"--out={tmp_path}/shards", "--smallest=32"]) == 0
+    first, other, packed = (Photographs(tmp_path / name, 32) for name in ("a", "b", "shards"))
+    assert first.listing == other.listing
+    assert first.identity != other.identity
+    assert first.identity == packed.identity
+    small = Photographs(tmp_path / "a", 32, memory_gb=0.0)
+    assert small.identity == first.identity

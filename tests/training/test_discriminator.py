@@ -24,6 +24,7 @@ def _decoder(chain: Path, out: Path, steps: int, *settings: str) -> list[str]:
 def _stage(chain: Path, **changes: str) -> AutoencoderStage:
     values = {"widths": "32,32,32,32", "crop": "64", "batch": "2", "data": str(chain / "photographs"), "out": "unused"}
     table: dict[str, object] = {"steps": 1, "learning_rate": 1e-4, "freeze_encoder": True, "adversarial_weight": 0.05}
+    table["init"] = chain / "nano" / "clearsr.safetensors"  # of which nobody takes the weights here
     settings = config.build(AutoencoderSettings, {**table, **values}, dict(changes))
     stage = AutoencoderStage(settings)
     stage.start(range(settings.batch))

@@ -77,7 +77,7 @@ def test_baseline_pictures_are_made_once_and_again_when_the_source_changes(
         made.append(1)
         return baselines.bicubic(image)
 
-    monkeypatch.setattr(evaluate, "upscaler", lambda name: counting)
+    monkeypatch.setattr(evaluate, "upscaler", lambda name, threads: counting)
     settings = EvaluationSettings(hr=hr, lr=lr, out=tmp_path / "out", limit=1, efflite=False)
     first = evaluate.evaluate(settings)
     assert evaluate.evaluate(settings) == first
@@ -392,3 +392,58 @@ def test_reference_points_of_real_esrgan_on_the_first_20_crops(crops: Path, tmp_
     except baselines.BaselineMissingError as error:
         pytest.skip(str(error))
     assert_reference_points(results, "realesrgan")
+
+
+def test_threads_reach_the_baselines(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hr, lr = folders
+    given: list[int] = []
+    monkeypatch.setattr(baselines, "RealESRGAN", lambda threads=0: (given.append(threads), baselines.bicubic)[1])
+    settings = EvaluationSettings(hr, lr, tmp_path / "out", ("realesrgan",), 1, efflite=False, threads=3)
+    evaluate.evaluate(settings)
+    assert given == [3]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "size", "sentence"),
+    [
+        ("lr/b_LR4.png", (48, 44), "b_HR.png is 192 x 192 and b_LR4.png 44 x 48; expected 4 to 1"),
+        ("done/b.png", (192, 188), "done's b is 188 x 192, the HR picture 192 x 192"),
+        ("hr/b_HR.png", (), "b_HR.png cannot be read"),
+    ],
+)
+def test_all_sizes_are_checked_before_the_first_picture(
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    wrong: str,
+    size: tuple[int, ...],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The last pair's fault ends the command before the first one is measured."""
+    hr, lr = folders
+    for name in "ab":
+        save(tmp_path / "done" / f"{name}.png", (192, 192), 0)
+    if size:
+        save(tmp_path / wrong, size, 0)  # type: ignore[arg-type]
+    else:
+        (tmp_path / wrong).write_bytes(b"no picture")
+    monkeypatch.setattr(evaluate, "measure_alone", lambda *_: pytest.fail("measured before the sizes were checked"))
+    arguments = [f"--hr={hr}", f"--lr={lr}", f"--out={tmp_path / 'out'}", f"--methods=done={tmp_path}/done"]
+    assert evaluate.main([*arguments, "--efflite=false"]) == 1
+    assert sentence in caplog.messages[-1]
+
+
+def test_pictures_too_small_for_niqe_are_named_at_once(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    hr, lr = folders
+    save(hr / "b_HR.png", (96, 188), 0)
+    save(lr / "b_LR4.png", (24, 47), 0)
+    with pytest.raises(EvaluationError, match=r"b_HR\.png is 188 x 96; NIQE needs 96 x 192"):
+        evaluate.evaluate(EvaluationSettings(hr=hr, lr=lr, out=tmp_path / "out", efflite=False))
+
+
+def test_a_negative_limit_is_refused(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(ValueError, match="--limit=-1"):
+        find_pairs(*folders, limit=-1)

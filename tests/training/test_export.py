@@ -16,7 +16,8 @@ from clearsr_core.checkpoint import Checkpoint
 from clearsr_core.config import SD21_NETWORKS, ClearSRConfig
 from clearsr_core.merge import merged
 from clearsr_core.shapes import checkpoint_shapes
-from training import export, model_card, restore, snapshot, train
+from training import clearsr_model, export, model_card, restore, snapshot, train
+from training.base_model import BaseModel
 from training.clearsr_model import ClearSRModel
 
 
@@ -273,3 +274,37 @@ def test_networks_that_only_the_nodes_can_build_are_refused_in_words(
     command = [f"--checkpoint={tmp_path}/other.safetensors", f"--lr={tmp_path}", f"--out={tmp_path}/out"]
     assert restore.main(command) == 1
     assert said in caplog.text
+
+
+def test_a_run_is_exported_with_its_own_base_alone(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of the same sizes would be taken for it: the snapshot knows which it was."""
+    other = BaseModel.load(chain / "base")
+    other.unet.conv_in.weight.data += 0.01
+    other.save(tmp_path / "other")
+    command = [f"--run={chain}/nano", f"--base={tmp_path}/other", f"--out={tmp_path}/out.safetensors"]
+    assert export.main(command) == 1
+    assert "is another base model than that of the run" in caplog.text
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_file_that_cannot_be_written_is_told_in_a_sentence(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert export.main(arguments(chain, Path("/proc/out.safetensors"))) == 1
+    assert "/proc cannot take a checkpoint" in caplog.text
+
+
+def test_training_goes_on_from_a_file_without_a_base(tmp_path: Path) -> None:
+    """Every full-size file is one: its weights come from it, the base from --base."""
+    config = ClearSRConfig()
+    shapes = {"unet_lora": ["a.lora_A.weight", "a.lora_B.weight"], "dpm": ["conv_in.weight"]}
+    stored = Checkpoint(
+        config, {}, {part: {name: torch.ones(2, 2) for name in names} for part, names in shapes.items()}
+    )
+    stored.tensors["unet_lora"]["a.alpha"] = torch.tensor(8.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clearsr_model.checkpoint, "read", lambda _path: stored)
+        found = clearsr_model.weights_in(tmp_path)
+    assert torch.equal(found["unet_lora.a.lora_B.weight"], torch.full((2, 2), 0.5))
+    assert torch.equal(found["dpm.conv_in.weight"], torch.ones(2, 2))
+    assert "null_text" not in found

@@ -95,3 +95,9 @@ def test_curves_of_maps_of_two_sizes_are_averaged_on_the_smaller() -> None:
     radii, values = inspection.mean_curve(rings)
     assert len(radii) == len(values) == 5
     assert values[-1] == pytest.approx(float(rings[0][1][-1] + rings[1][1][-1]) / 2)
+
+
+def test_a_negative_limit_is_refused(chain: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    command = [f"--checkpoint={chain}/nano/clearsr.safetensors", f"--lr={folder}/lr", f"--out={folder}/out"]
+    assert inspection.main([*command, "--limit=-1", "--sheets=0"]) == 1
+    assert "--limit=-1" in caplog.text

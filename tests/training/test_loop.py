@@ -376,11 +376,58 @@ def test_validation_gathers_the_averaged_weights(tmp_path: Path, monkeypatch: py
         ({"keep": 0}, "--keep=0"),
         ({"steps": -1}, "--steps=-1"),
         ({"best": "ssim"}, "--validate_every"),
+        ({"clip": 0.0}, "--clip=0.0"),
+        ({"clip": -1.0}, "--clip=-1.0"),
+        ({"learning_rate": 0.0}, "--learning_rate=0.0"),
+        ({"ema": 1.5}, "--ema=1.5"),
+        ({"warmup": -5}, "--warmup=-5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_at_once(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         settings(tmp_path, **changes)
+
+
+def test_figures_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    """Not of the part that was computed last."""
+
+    class Telling(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            forward = self.module.forward
+
+            def with_figure(batch: ToyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+                return forward(batch)[0], {"first input": batch.inputs[:, 0].mean()}
+
+            self.module.forward = with_figure  # type: ignore[method-assign]
+
+    for parts in (1, 4):
+        loop.run(Telling(), settings(tmp_path / str(parts), steps=3, accumulation=parts), {})
+    whole, pieces = (
+        [row["first input"] for row in run_folder.rows(tmp_path / parts) if "first input" in row]
+        for parts in ("1", "4")
+    )
+    assert len(whole) == 3
+    assert pieces == pytest.approx(whole, rel=1e-4, abs=1e-6)
+
+
+def test_a_run_that_goes_on_says_that_init_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loop.run(Toy(), settings(tmp_path / "first", steps=4), {})
+    loop.run(Toy(), settings(tmp_path / "second", steps=2, init=tmp_path / "first"), {})
+    with caplog.at_level("INFO"):
+        loop.run(Toy(), settings(tmp_path / "second", steps=4, init=tmp_path / "first"), {})
+    assert f"--init={tmp_path / 'first'} is where a run begins" in caplog.text
+
+
+def test_the_rate_is_that_of_the_steps(tmp_path: Path) -> None:
+    class Slow(Toy):
+        def validate(self, step: int, folder: Path) -> dict[str, float]:
+            time.sleep(0.5)
+            return super().validate(step, folder)
+
+    loop.run(Slow(), settings(tmp_path, steps=4, validate_every=1), {})
+    rates = [row["rate"] for row in run_folder.rows(tmp_path) if "rate" in row]
+    assert rates[-1] > 8.0  # with the two seconds of looking it would be below 2
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -86,3 +86,19 @@ def test_a_broken_photograph_is_named(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "broken.png cannot be read" in caplog.text
     assert make_pairs.main([f"--data={tmp_path}/nowhere", f"--out={tmp_path}/pairs"]) == 1
     assert "is not a folder" in caplog.text
+
+
+def test_a_pair_of_another_photograph_of_the_same_name_is_made_anew(tmp_path: Path) -> None:
+    for seed, folder in enumerate(("one", "other")):
+        _photograph(tmp_path / folder / "a.png", 200, 200, seed)
+        assert make_pairs.main([f"--data={tmp_path}/{folder}", f"--out={tmp_path}/pairs"]) == 0
+        assert np.array_equal(_read(tmp_path / "pairs" / "hr" / "a.png"), _read(tmp_path / folder / "a.png"))
+
+
+def test_what_failed_before_its_first_pair_leaves_no_claim(tmp_path: Path) -> None:
+    _photograph(tmp_path / "photographs" / "a.png", 191, 300)
+    (tmp_path / "pairs").mkdir()
+    command = [f"--data={tmp_path}/photographs", f"--out={tmp_path}/pairs"]
+    assert make_pairs.main([*command, "--seed=1"]) == 1
+    _photograph(tmp_path / "photographs" / "a.png", 200, 200)
+    assert make_pairs.main(command) == 0

@@ -96,3 +96,25 @@ def test_the_command_tells_and_writes_what_it_found(
 
     assert overlap.main([*command, f"--held={tmp_path}/nothing"]) == 1
     assert "holds no pictures" in caplog.text
+
+
+def test_the_report_is_provided_for_before_the_search_and_a_broken_held_picture_is_named(
+    leaves: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index, name in enumerate(("data", "held")):
+        (tmp_path / name).mkdir()
+        Image.fromarray(leaves[index]).save(tmp_path / name / "a.png")
+    command = [f"--data={tmp_path}/data", f"--held={tmp_path}/held"]
+    assert overlap.main([*command, f"--report={tmp_path}/new/deeper/x.json"]) == 0
+    assert json.loads((tmp_path / "new" / "deeper" / "x.json").read_text(encoding="utf-8"))["matches"] == []
+    assert [path.name for path in (tmp_path / "new" / "deeper").iterdir()] == ["x.json"]
+
+    monkeypatch.setattr(overlap, "search", lambda *_: pytest.fail("searched before the report was checked"))
+    for report in (tmp_path / "held", tmp_path / "held" / "a.png" / "x.json"):
+        assert overlap.main([*command, f"--report={report}"]) == 1
+        assert f"--report={report}" in caplog.messages[-1]
+    assert overlap.main([*command, "--limit=-1"]) == 1
+    assert "--limit=-1" in caplog.messages[-1]
+    (tmp_path / "held" / "b.jpg").write_bytes(b"\xff\xd8no picture")
+    assert overlap.main(command) == 1
+    assert f"{tmp_path}/held/b.jpg cannot be read" in caplog.messages[-1]

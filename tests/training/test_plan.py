@@ -148,3 +148,15 @@ def test_a_base_on_the_autoencoder_of_a_file_can_be_planned(chain: Path, tmp_pat
     assert plan.main([*command, f"--vae={file}"]) == 0
     assert plan.main([*command, f"--vae={chain}/autoencoder/vae"]) == 0
     assert plan.main([*command, f"--vae={tmp_path}"]) == 1
+
+
+def test_the_plan_of_a_decoder_names_its_discriminator(tmp_path: Path) -> None:
+    """README promises `--dry-run` for every run."""
+    (tmp_path / "init").mkdir()
+    text = plan.describe(small(freeze_encoder=True, adversarial_weight=0.05, init=tmp_path / "init"))
+    assert "discriminator  " in text
+
+
+def test_a_number_of_processes_that_is_none_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    assert plan.main(["--preset=smoke", "--processes=x"]) == 1
+    assert "--processes=x: give a number" in caplog.text

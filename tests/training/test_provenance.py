@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from training import make_pairs, provenance, restore
+from training.photographs import write_png
 
 
 def test_the_same_settings_go_on_and_others_are_named(tmp_path: Path) -> None:
@@ -75,3 +76,68 @@ def test_pairs_of_another_degradation_are_not_mixed(tmp_path: Path, caplog: pyte
     assert make_pairs.main([*command, "--degradation=light"]) == 0
     assert make_pairs.main([*command, "--degradation=paper"]) == 1
     assert "another degradation" in caplog.text
+
+
+def test_a_picture_of_another_source_is_made_anew(chain: Path, tmp_path: Path) -> None:
+    """Kept is what was made of the very same file; a result without the note is made anew too."""
+    one, other = small_pictures(tmp_path / "one", "a.png", "b.png"), tmp_path / "other"
+    other.mkdir()
+    (other / "a.png").write_bytes((one / "b.png").read_bytes())
+    (other / "b.png").write_bytes((one / "b.png").read_bytes())
+    command = [f"--checkpoint={chain}/nano/clearsr.safetensors", f"--out={tmp_path}/sr", "--steps=1", "--threads=1"]
+    assert restore.main([*command, f"--lr={one}"]) == 0
+    results = {name: tmp_path / "sr" / f"{name}.png" for name in "ab"}
+    first, kept = np.asarray(Image.open(results["a"])), results["b"].stat().st_mtime_ns
+    assert restore.main([*command, f"--lr={other}"]) == 0
+    assert not np.array_equal(np.asarray(Image.open(results["a"])), first)
+    assert np.array_equal(np.asarray(Image.open(results["a"])), np.asarray(Image.open(results["b"])))
+    assert results["b"].stat().st_mtime_ns == kept
+    Image.new("RGB", (64, 64)).save(results["b"])
+    assert restore.main([*command, f"--lr={other}"]) == 0
+    assert np.array_equal(np.asarray(Image.open(results["a"])), np.asarray(Image.open(results["b"])))
+
+
+def test_what_failed_before_its_first_picture_leaves_no_claim(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = chain / "nano" / "clearsr.safetensors"
+    (tmp_path / "wrong.safetensors").write_bytes(file.read_bytes()[:5000])
+    command = [f"--lr={small_pictures(tmp_path / 'lr', 'a.png')}", f"--out={tmp_path}/sr", "--threads=1"]
+    for wrong in (
+        [f"--checkpoint={file}", "--steps=0"],
+        [f"--checkpoint={file}", "--steps=1", "--denoise=2"],
+        [f"--checkpoint={file}", "--steps=1", "--scale=0"],
+        [f"--checkpoint={tmp_path}/wrong.safetensors", "--steps=1"],
+    ):
+        assert restore.main([*command, *wrong]) == 1
+        assert not (tmp_path / "sr").exists()
+    assert "--scale=0: give 1 or more" in caplog.text
+    assert restore.main([*command, f"--checkpoint={file}", "--steps=1"]) == 0
+
+
+def test_a_folder_or_nothing_in_place_of_the_file_is_told(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [f"--lr={small_pictures(tmp_path / 'lr', 'a.png')}", f"--out={tmp_path}/sr", "--steps=1"]
+    assert restore.main([*command, f"--checkpoint={chain}/nano"]) == 1
+    assert "nano is a folder; a .safetensors file is wanted" in caplog.messages[-1]
+    assert restore.main([*command, f"--checkpoint={chain}/missing.safetensors"]) == 1
+    assert "There is no file" in caplog.messages[-1]
+
+
+def test_a_negative_limit_is_refused(chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    command = [f"--lr={small_pictures(tmp_path / 'lr', 'a.png', 'b.png')}", f"--out={tmp_path}/sr", "--steps=1"]
+    assert restore.main([*command, f"--checkpoint={chain}/nano/clearsr.safetensors", "--limit=-1"]) == 1
+    assert "--limit=-1" in caplog.text
+    assert not (tmp_path / "sr").exists()
+
+
+def test_pictures_say_what_they_were_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large they are, and without a word for what is missing, damaged or has no note."""
+    write_png(np.zeros((40, 40, 3), dtype=np.uint8), tmp_path / "a.png", "abc")
+    write_png(np.zeros((4, 4, 3), dtype=np.uint8), tmp_path / "plain.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert provenance.is_made_from(tmp_path / "a.png", "abc")
+    assert not provenance.is_made_from(tmp_path / "a.png", "abcd")
+    assert not any(provenance.is_made_from(tmp_path / f"{name}.png", "abc") for name in ("plain", "broken", "none"))

@@ -123,3 +123,19 @@ def test_a_preset_inherits_and_its_own_settings_win(tmp_path: Path) -> None:
     parent.write_text(f"extends = {str(child)!r}\n")
     with pytest.raises(config.ConfigError, match="extends itself"):
         config.read_preset(str(child))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps = 1.9", "--steps takes int, not 1.9"),
+        ("steps = true", "--steps takes int, not True"),
+        ("query_windows = 8", "--query_windows takes a list, not 8"),
+    ],
+)
+def test_a_preset_with_a_value_of_another_kind_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    """What TOML reads as another type is not bent into the one that is wanted."""
+    (tmp_path / "own.toml").write_text(text)
+    table = {"learning_rate": 1e-4, "out": "x", "steps": 1, **config.read_preset(str(tmp_path / "own.toml"))}
+    with pytest.raises(config.ConfigError, match=said):
+        config.build(ClearSRSettings, table)

@@ -122,3 +122,35 @@ def test_a_grid_without_places_or_with_equal_ones_is_refused(
 def test_pixels_are_rounded_as_always() -> None:
     pixels = torch.tensor([0.0, 0.5, 1.0]).expand(3, 1, 3)
     assert to_bytes(pixels)[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_pictures_of_another_source_are_made_anew_and_a_failed_run_claims_nothing(
+    chain: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "sweep"
+    more = [f"--hr={pairs}/hr", "--efflite=false", "--alphas=0", "--betas=0", "--steps=1"]
+    assert sweep.main(command(chain, pairs, out, *more, "--steps=0")) == 1
+    assert sweep.main(command(chain, pairs, out, *more, f"--checkpoint={chain}/nano")) == 1
+    assert "nano is a folder" in caplog.messages[-1]
+    assert sweep.main(command(chain, pairs, out, *more, "--limit=-1")) == 1
+    assert not out.exists()
+    assert sweep.main(command(chain, pairs, out, *more)) == 0
+    picture = out / "alpha0_beta0" / "a.png"
+    first, time = read_rgb(picture), picture.stat().st_mtime_ns
+    assert sweep.main(command(chain, pairs, out, *more)) == 0
+    assert picture.stat().st_mtime_ns == time
+    (tmp_path / "lr").mkdir()
+    Image.new("RGB", (48, 24), "red").save(tmp_path / "lr" / "a.png")
+    assert sweep.main(command(chain, pairs, out, *more, f"--lr={tmp_path}/lr")) == 0
+    assert not np.array_equal(read_rgb(picture), first)
+
+
+def test_sizes_are_checked_before_the_first_picture(
+    chain: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lr").mkdir()
+    Image.new("RGB", (48, 25)).save(tmp_path / "lr" / "a.png")
+    more = [f"--hr={pairs}/hr", f"--lr={tmp_path}/lr", "--efflite=false"]
+    assert sweep.main(command(chain, pairs, tmp_path / "out", *more)) == 1
+    assert "a.png is 192 x 96" in caplog.text
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import evaluate, provenance
 from ..evaluate import Pair
-from ..photographs import Photographs
+from ..photographs import Photographs, first
 from ..provenance import replacing, sha256, write_json
 from ..tables import REFERENCE, EvaluationError
 from . import results
@@ -84,7 +84,7 @@ def choose(hr: Path, lr: Path, split: str, limit: int = 0) -> list[Pair]:
         pairs = pairs[:TUNED_ON] if split == results.TUNING else pairs[TUNED_ON:]
     if not pairs:
         raise EvaluationError(f"--hr={hr} has no more than {TUNED_ON} pictures: nothing is left for --split={split}.")
-    return pairs[: limit or None]
+    return list(first(pairs, limit))
 
 
 def gather(work: Work) -> None:
