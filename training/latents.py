@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .randomness import generator_for
 log = logging.getLogger("clearsr.training")
 
 BATCH = 16
+KEEP_EVERY = 60.0  # seconds between two writes of what is encoded so far
 _IDENTITY = "identity"
 
 
@@ -45,19 +47,58 @@ def base_hash(base: BaseModel) -> str:
 def encoded_once(
     cache: Path, identity: str, count: int, encode: Callable[[Tensor], dict[str, Tensor]], what: str
 ) -> dict[str, Tensor]:
-    """Return what `encode` gives for the numbers 0 .. count-1, from `cache` if that file is of the same identity."""
-    if cache.is_file() and _identity_of(cache) == identity:
-        return {name: value for name, value in load_file(cache).items() if name != _IDENTITY}
-    batches = []
+    """Return what `encode` gives for the numbers 0 .. count-1, from `cache` if that file is of the same identity.
+
+    What is encoded so far is kept beside it now and then, and at Ctrl-C: the next call goes on from there.
+
+    Args:
+        cache: the file.
+        identity: of everything that decides the result.
+        count: how many there are, 1 or more.
+        encode: gives the tensors of at most `BATCH` numbers, rows in their order; they follow from the numbers alone.
+        what: for the bar.
+    """
+    kept = _read(cache, identity)
+    if kept is not None:
+        return kept
+    begun = cache.with_name(f"{cache.name}.begun")
+    before = _read(begun, identity)
+    batches = [] if before is None else [before]
+    first = len(next(iter(before.values()))) if before is not None else 0
+    steps = range(first, count, BATCH)
+    written = time.monotonic()
+    bar = tqdm(steps, what, -(-count // BATCH), initial=first // BATCH, unit="batch", mininterval=5)
     with torch.no_grad():
-        for start in tqdm(range(0, count, BATCH), desc=what, unit="batch", mininterval=5):
-            encoded = encode(torch.arange(start, min(start + BATCH, count)))
+        for start in bar:
+            try:
+                encoded = encode(torch.arange(start, min(start + BATCH, count)))
+            except KeyboardInterrupt:
+                if batches:
+                    _write(begun, identity, batches)
+                raise
             batches.append({name: value.cpu() for name, value in encoded.items()})
+            if time.monotonic() - written > KEEP_EVERY:
+                _write(begun, identity, batches)
+                written = time.monotonic()
+    tensors = _write(cache, identity, batches)
+    begun.unlink(missing_ok=True)
+    return tensors
+
+
+def _write(path: Path, identity: str, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Write batches as one file, whole or not at all, and return what is in it."""
     tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with provenance.replacing(cache) as unfinished:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with provenance.replacing(path) as unfinished:
         save_file({**tensors, _IDENTITY: torch.tensor(list(identity.encode()))}, unfinished)
     return tensors
+
+
+def _read(path: Path, identity: str) -> dict[str, Tensor] | None:
+    """Return the tensors of a file of this identity, or None."""
+    if not path.is_file() or _identity_of(path) != identity:
+        return None
+    return {name: value for name, value in load_file(path).items() if name != _IDENTITY}
 
 
 def _identity_of(cache: Path) -> str:

@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
         settings_kind, stage_kind = stage_of(str(preset.pop("stage", "")))
         finished = train(stage_kind, command_line.settings(settings_kind, others, __doc__, preset))
     except KeyboardInterrupt:  # the loop itself saves and ends by itself
-        log.error("Stopped before the first step; what was being encoded is encoded again next time.")
+        log.error("Stopped before the first step; the same command goes on with what was being prepared.")
         return 130
     except (config.ConfigError, SnapshotError, FloatingPointError, ValueError, OSError) as error:
         log.error("%s", error)

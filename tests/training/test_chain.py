@@ -18,6 +18,7 @@ from training import (
     clearsr,
     config,
     degradation,
+    latents,
     models,
     prepare,
     replace_decoder,
@@ -739,6 +740,35 @@ def test_torchs_threads_are_set_before_crops_are_encoded(
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("stopped", ["by Ctrl-C", "by a kill"])
+def test_encoding_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
+    """Half an hour of restored crops is not begun anew; crops of another set are."""
+    cache, seen = tmp_path / "c.safetensors", []
+    monkeypatch.setattr(latents, "KEEP_EVERY", 1e9 if stopped == "by Ctrl-C" else 0.0)
+
+    def encode(numbers: Tensor) -> dict[str, Tensor]:
+        seen.append(numbers.tolist())
+        if len(seen) == 3:
+            raise KeyboardInterrupt if stopped == "by Ctrl-C" else SystemExit
+        return {"x": numbers.float() * 2.0, "y": numbers[:, None]}
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        encoded_once(cache, "ours", 70, encode, "first")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors.begun"]
+    seen.clear()
+    seen.extend([[]] * 5)
+    found = encoded_once(cache, "ours", 70, encode, "second")
+    assert [numbers[0] for numbers in seen[5:]] == [32, 48, 64]
+    assert found["x"].tolist() == [2.0 * number for number in range(70)]
+    assert found["y"].shape == (70, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+    again = encoded_once(cache, "ours", 70, lambda _: {}, "never")
+    assert all(torch.equal(value, again[name]) for name, value in found.items())
+    seen.extend([[]] * 5)
+    encoded_once(cache, "another", 20, encode, "third")
+    assert seen[-2:] == [list(range(16)), [16, 17, 18, 19]]
 
 
 def test_two_runs_may_encode_into_one_cache_at_a_time(tmp_path: Path) -> None:
