@@ -18,6 +18,7 @@ from training.pipeline import encode_lr, restore_latents
 def _settings(chain: Path, folder: Path, **changes: str) -> AutoencoderSettings:
     file = chain / "nano" / "clearsr.safetensors"
     table: dict[str, object] = {"steps": 1, "learning_rate": 1e-4, "freeze_encoder": True, "out": str(folder)}
+    table["init"] = str(file)  # `_stage` does what the loop would
     values = {"widths": "32,32,32,32", "crop": "64", "batch": "8", "data": str(chain / "photographs")}
     restored = {"restored_by": str(file), "restored_crops": "3", "restored_cache": str(folder / "restored.safetensors")}
     few = {"restore_steps": "2", "restore_denoise": "0.5"}
