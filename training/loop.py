@@ -37,8 +37,8 @@ FREE = {
 
 # The least value of settings that count something; 0 is off where it is allowed.
 _LEAST = {
-    **{"batch": 1, "accumulation": 1, "snapshot_every": 1, "keep": 1},
-    **{"steps": 0, "warmup": 0, "validate_every": 0, "threads": 0},
+    **dict.fromkeys(("batch", "accumulation", "snapshot_every", "keep"), 1),
+    **dict.fromkeys(("steps", "warmup", "validate_every", "threads"), 0),
 }
 
 Batch = TypeVar("Batch", bound=tuple, covariant=True)

@@ -24,7 +24,7 @@ def _settings(**changes: float) -> AutoencoderSettings:
 
 def _module(**changes: float) -> Reconstruction:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # torch's layers draw their first weights from nothing else; fork_rng puts it back
         return Reconstruction(_settings(**changes), build_autoencoder((32, 32, 32, 32), 1, 8), None)
 
 
