@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clearsr_core.config import LATENT_SCALE
 
 from . import provenance, snapshot
+from .base_model import save_network
 from .batches import Ahead, DataSettings
 from .clearsr_model import ClearSRModel
 from .degradation import Preset
@@ -239,7 +240,7 @@ class AutoencoderStage:
         """Write `folder/vae` in diffusers' layout, with latents normalised as Stable Diffusion expects."""
         if not self.settings.freeze_encoder:
             normalise_latents(self.model, self.photographs, self.settings.crop)
-        self.model.save_pretrained(folder / "vae")
+        save_network(self.model, folder / "vae")
 
 
 def normalise_latents(model: AutoencoderKL, photographs: Photographs, crop: int, count: int = 512) -> None:

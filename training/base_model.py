@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +22,7 @@ from clearsr_core.safetensors_header import read_safetensors_header
 
 from . import empty_prompt
 from .models import build_autoencoder, build_unet
+from .provenance import replacing
 from .single_file import HELP, read_single_file, refuse_v_prediction
 
 NULL_TEXT_FILE = "null_text.safetensors"
@@ -137,10 +140,20 @@ class BaseModel:
         return cls(unet.eval(), vae.eval(), null_text)
 
     def save(self, folder: Path) -> None:
-        """Write the folder that `load` reads."""
-        self.unet.save_pretrained(folder / "unet")
-        self.vae.save_pretrained(folder / "vae")
-        save_file({"null_text": self.null_text.detach().float().contiguous()}, folder / NULL_TEXT_FILE)
+        """Write the folder that `load` reads; files of an earlier one are replaced by whole ones."""
+        save_network(self.unet, folder / "unet")
+        save_network(self.vae, folder / "vae")
+        with replacing(folder / NULL_TEXT_FILE) as unfinished:
+            save_file({"null_text": self.null_text.detach().float().contiguous()}, unfinished)
+
+
+def save_network(network: ModelMixin, folder: Path) -> None:
+    """Write a network in diffusers' layout so that a stop leaves no file half written, also where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        network.save_pretrained(unfinished)
+        for file in sorted(Path(unfinished).iterdir()):
+            os.replace(file, folder / file.name)
 
 
 def load_autoencoder(source: Path) -> AutoencoderKL:

@@ -193,6 +193,7 @@ def write_dots(path: Path, panels: Sequence[DotPanel], names: Sequence[str], x_l
             place.axvline(value, color="0.35", linestyle=(":", "-.")[index % 2], linewidth=1, label=label)
         place.set_yticks(range(len(rows)), rows)
         place.set_ylim(len(rows) - 0.5, -0.5)
+        place.locator_params(axis="x", nbins=4)  # more of "-0.0025" lie on one another
         place.set(title=panel.title, xlabel=x_label)
         if place.get_legend_handles_labels()[0]:
             place.legend(fontsize=7)

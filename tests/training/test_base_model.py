@@ -74,6 +74,28 @@ def test_a_folder_comes_back_exactly_and_runs(base: BaseModel, tmp_path: Path) -
         torch.testing.assert_close(eps, base.unet(x_t, 5, context).sample, rtol=1e-4, atol=1e-5)
 
 
+def test_a_stop_while_a_folder_is_saved_again_leaves_the_one_before(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base.save(tmp_path)
+    files = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def stopped(folder: str) -> None:
+        (Path(folder) / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    other = BaseModel.random(TINY, 1)
+    monkeypatch.setattr(other.unet, "save_pretrained", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        other.save(tmp_path)
+
+    assert files == {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.undo()
+    other.save(tmp_path)
+    same(BaseModel.load(tmp_path), other)
+    assert files.keys() == {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_file_in_the_original_layout(base: BaseModel, original: dict, tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "v2-1.safetensors"
