@@ -16,7 +16,7 @@ SCALE = 4
 Upscaler = Callable[[np.ndarray], np.ndarray]
 
 
-class BaselineMissingError(RuntimeError):
+class BaselineMissingError(ValueError):
     """A baseline needs packages that are not installed; the message says which and how to get them."""
 
 

@@ -208,15 +208,11 @@ def table(turns: dict[str, list[Turn]]) -> str:
 _FIGURES = tuple(field.name for field in dataclasses.fields(Turn))
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Measure, show and write the table; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        settings = command_line.settings(BenchSettings, arguments, __doc__)
-        turns = run(settings)
-    except ValueError as error:
-        log.error("%s", error)
-        return 1
+    settings = command_line.settings(BenchSettings, arguments, __doc__)
+    turns = run(settings)
     text = table(turns)
     if settings.out != Path():
         settings.out.mkdir(parents=True, exist_ok=True)

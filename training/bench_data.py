@@ -133,14 +133,10 @@ def run(settings: BenchDataSettings) -> list[Row]:
         torch.set_num_threads(threads)
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        log.info("%s", table(run(command_line.settings(BenchDataSettings, arguments, __doc__))))
-    except (ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    log.info("%s", table(run(command_line.settings(BenchDataSettings, arguments, __doc__))))
     return 0
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import command_line, config, optimizer, rehearsal
+from . import command_line, optimizer, rehearsal
 from .clearsr import ClearSRSettings, ClearSRStage
 
 log = logging.getLogger("clearsr.training")
@@ -101,23 +101,19 @@ def _fingerprints(module: nn.Module) -> dict[str, int]:
     return {name: zlib.crc32(value.detach().cpu().contiguous().numpy().data) for name, value in values.items()}
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Estimate, measure in a process of its own, compare; return the exit status: 1 where the wrong things moved."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            defaults = {**_DEFAULTS, "out": folder}
-            settings = command_line.settings(ClearSRSettings, arguments, __doc__, defaults)
-            if settings.device != "cpu":
-                raise ValueError("training.bench_step measures main memory: leave --device at cpu.")
-            expected = rehearsal.estimate(settings)
-            values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-            plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-            command = [sys.executable, "-c", _CHILD, json.dumps(plain)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    except (config.ConfigError, ValueError) as error:
-        log.error("%s", error)
-        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        defaults = {**_DEFAULTS, "out": folder}
+        settings = command_line.settings(ClearSRSettings, arguments, __doc__, defaults)
+        if settings.device != "cpu":
+            raise ValueError("training.bench_step measures main memory: leave --device at cpu.")
+        expected = rehearsal.estimate(settings)
+        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        command = [sys.executable, "-c", _CHILD, json.dumps(plain)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:
         log.error("The measuring process ended with status %d (137 or -9: out of memory).", done.returncode)
         return 1

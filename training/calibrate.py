@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clearsr_core.checkpoint import CheckpointError
-
 from . import command_line, config, evaluate, loop, metrics, plots
 from .clearsr_model import ClearSRModel
 from .photographs import first, read_pixels, to_bytes
@@ -236,15 +234,11 @@ def run(settings: CalibrateSettings) -> PhaseLimits:
     return limits
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        settings = command_line.settings(CalibrateSettings, arguments, __doc__)
-        run(settings)
-    except (CheckpointError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    settings = command_line.settings(CalibrateSettings, arguments, __doc__)
+    run(settings)
     log.info("Written to %s: calibration.json, calibration.png.", settings.out)
     return 0
 

@@ -1,22 +1,59 @@
-"""Settings of a command: `--key=value` on the command line, and what `--help` says about them."""
+"""What every command of `training` has: settings as `--key=value`, `--help`, and errors that end in a sentence."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
+import logging
 import shutil
 import sys
 import textwrap
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from . import config
 
+log = logging.getLogger("clearsr.training")
+
 HELP = ("--help", "-h")
+STOPPED = 130  # exit status after Ctrl-C, as shells have it
+GOES_ON = "Stopped. The same command goes on where this was."
+
+Main = Callable[[list[str]], int]
+
+
+def command(stopped: str = "Stopped.") -> Callable[[Main], Main]:
+    """Make a function the `main` of a command: what a user can mend ends in one sentence and status 1, no traceback.
+
+    That is every ValueError and OSError, and a loss that is not a number. All else is a fault of the program and keeps
+    its traceback.
+
+    Args:
+        stopped: what to say after Ctrl-C; the status is `STOPPED`.
+    """
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def guarded(arguments: list[str]) -> int:
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            try:
+                return main(arguments)
+            except KeyboardInterrupt:
+                log.warning("%s", stopped)
+                return STOPPED
+            except (ValueError, OSError, FloatingPointError) as error:
+                log.error("%s", error)
+                return 1
+
+        return guarded
+
+    return decorate
 
 
 def settings(

@@ -148,15 +148,11 @@ def run(settings: ContactSheetSettings) -> None:
     log.info("%s: %d pairs, each from left to right: %s", settings.out, settings.count, shown)
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with torch.no_grad():
-            run(command_line.settings(ContactSheetSettings, arguments, __doc__))
-    except (ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    with torch.no_grad():
+        run(command_line.settings(ContactSheetSettings, arguments, __doc__))
     return 0
 
 

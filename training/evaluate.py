@@ -23,8 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import command_line, comparison_sheet, evaluation_plots, loop, metrics, provenance, published, tables
-from .baselines import SCALE, BaselineMissingError, Upscaler, upscaler
-from .learned_metrics import LearnedMetricMissingError, LearnedMetrics
+from .baselines import SCALE, Upscaler, upscaler
+from .learned_metrics import LearnedMetrics
 from .photographs import SUFFIXES, first, header_size, read_rgb, reason, write_png
 from .tables import REFERENCE, TITLES, EvaluationError, Results
 
@@ -287,15 +287,11 @@ def write_sheets(settings: EvaluationSettings, results: Results) -> None:
     comparison_sheet.write(settings.out, list(pairs), readers, results, settings.sheet_rows, settings.sheet_side)
 
 
+@command_line.command(command_line.GOES_ON)
 def main(arguments: list[str]) -> int:
     """Compare, write and show the tables; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        settings = command_line.settings(EvaluationSettings, arguments, __doc__)
-        text = run(settings)
-    except (ValueError, OSError, BaselineMissingError, LearnedMetricMissingError) as error:
-        log.error("%s", error)
-        return 1
+    settings = command_line.settings(EvaluationSettings, arguments, __doc__)
+    text = run(settings)
     sys.stdout.write(text)
     log.info("Written to %s: evaluation.md, evaluation.csv, evaluation.json, evaluation_*.png.", settings.out)
     return 0

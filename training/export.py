@@ -288,14 +288,10 @@ def _figures(run: Path, step: int) -> dict[str, Any]:
     return figures
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Export from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        export_run(command_line.settings(ExportSettings, arguments, __doc__))
-    except (snapshot.SnapshotError, CheckpointError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    export_run(command_line.settings(ExportSettings, arguments, __doc__))
     return 0
 
 

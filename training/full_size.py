@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.config import SD21_NETWORKS, BaseConfig, ClearSRConfig, ControlConfig
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 from clearsr_core.safetensors_header import read_safetensors_header
@@ -247,14 +246,10 @@ def counted(path: Path) -> str:
     return f"{path.stat().st_size / 1e9:.2f} GB; {listed}"
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        make(command_line.settings(FullSizeSettings, arguments, __doc__))
-    except (CheckpointError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    make(command_line.settings(FullSizeSettings, arguments, __doc__))
     return 0
 
 

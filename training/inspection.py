@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.layers import TransformerBlock
 from clearsr_core.schedule import NUM_TRAIN_TIMESTEPS, add_noise
 
@@ -264,15 +263,11 @@ def run(settings: InspectSettings) -> None:
     write_findings(settings, findings)
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        settings = command_line.settings(InspectSettings, arguments, __doc__)
-        run(settings)
-    except (CheckpointError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    settings = command_line.settings(InspectSettings, arguments, __doc__)
+    run(settings)
     log.info("Written to %s: inspection.json, dkl.csv, spectra.csv, *.png.", settings.out)
     return 0
 

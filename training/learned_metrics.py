@@ -45,7 +45,7 @@ SOURCES = {
 }
 
 
-class LearnedMetricMissingError(RuntimeError):
+class LearnedMetricMissingError(ValueError):
     """A learned measure cannot be computed; the message names the package or the file, and what to do."""
 
 

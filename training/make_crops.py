@@ -91,18 +91,12 @@ def run(settings: MakeCropsSettings) -> int:
     return number
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with torch.no_grad():
-            count = run(command_line.settings(MakeCropsSettings, arguments, __doc__))
-    except (ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
-    if count == 0:
-        log.error("Not one crop fits into --megabytes.")
-        return 1
+    with torch.no_grad():
+        if run(command_line.settings(MakeCropsSettings, arguments, __doc__)) == 0:
+            raise config.ConfigError("Not one crop fits into --megabytes.")
     return 0
 
 

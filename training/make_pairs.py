@@ -75,15 +75,11 @@ def run(settings: MakePairsSettings) -> None:
             write_png(to_bytes(image[0]), target, source)
 
 
+@command_line.command(command_line.GOES_ON)
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with torch.no_grad():
-            run(command_line.settings(MakePairsSettings, arguments, __doc__))
-    except (ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    with torch.no_grad():
+        run(command_line.settings(MakePairsSettings, arguments, __doc__))
     return 0
 
 

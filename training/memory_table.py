@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import sys
 
-from . import command_line, config, rehearsal
+from . import command_line, rehearsal
 from .clearsr import ClearSRSettings
 
 log = logging.getLogger("clearsr.training")
@@ -18,28 +18,22 @@ BATCHES = (1, 2, 4, 8)
 CHECKPOINTING = ("none", "encoder", "all")
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Print the table row by row; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        preset, others = command_line.preset(arguments, __doc__, "paper")
-        preset.pop("stage", "")
-        settings = command_line.settings(
-            ClearSRSettings, others, __doc__, {"out": "runs/table", "base": "random"}, preset
-        )
-        log.info("| crops at once | %s | TFLOP of a step |", " | ".join(CHECKPOINTING))
-        log.info("|---%s|", "|---" * (len(CHECKPOINTING) + 1))
-        for batch in BATCHES:
-            found = [
-                rehearsal.estimate(dataclasses.replace(settings, batch=batch, accumulation=1, checkpointing=what))
-                for what in CHECKPOINTING
-            ]
-            cells = [f"{estimate.total / 2**30:.1f}" for estimate in found]
-            operations = ", ".join(f"{estimate.operations / 1e12:.1f}" for estimate in found)
-            log.info("| %d | %s | %s |", batch, " | ".join(cells), operations)
-    except (config.ConfigError, ValueError) as error:
-        log.error("%s", error)
-        return 1
+    preset, others = command_line.preset(arguments, __doc__, "paper")
+    preset.pop("stage", "")
+    settings = command_line.settings(ClearSRSettings, others, __doc__, {"out": "runs/table", "base": "random"}, preset)
+    log.info("| crops at once | %s | TFLOP of a step |", " | ".join(CHECKPOINTING))
+    log.info("|---%s|", "|---" * (len(CHECKPOINTING) + 1))
+    for batch in BATCHES:
+        found = [
+            rehearsal.estimate(dataclasses.replace(settings, batch=batch, accumulation=1, checkpointing=what))
+            for what in CHECKPOINTING
+        ]
+        cells = [f"{estimate.total / 2**30:.1f}" for estimate in found]
+        operations = ", ".join(f"{estimate.operations / 1e12:.1f}" for estimate in found)
+        log.info("| %d | %s | %s |", batch, " | ".join(cells), operations)
     return 0
 
 

@@ -255,14 +255,10 @@ def run(settings: OverlapSettings) -> list[Match]:
     return matches
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Look, tell; the exit status is 1 where something was found."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        matches = run(command_line.settings(OverlapSettings, arguments, __doc__))
-    except (ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    matches = run(command_line.settings(OverlapSettings, arguments, __doc__))
     for match in matches:
         log.warning("%s is in %s at %s: correlation %g.", match.held, match.data, match.window, match.likeness)
     if matches:

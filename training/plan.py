@@ -127,24 +127,20 @@ def _memory(settings: DataSettings, needed: rehearsal.MemoryEstimate, processes:
     return lines
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Print the plan of the run that the same arguments would begin; return the exit status."""
     from .train import stage_of
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        processes, others = command_line.taken(arguments, "processes", os.environ.get("WORLD_SIZE", "1"))
-        preset, others = command_line.preset(others, __doc__)
-        kind, _ = stage_of(str(preset.pop("stage", "")))
-        settings = command_line.settings(kind, others, __doc__, {"out": "runs/plan"}, preset)
-        assert isinstance(settings, DataSettings)
-        with torch.random.fork_rng(devices=[]):
-            if not processes.isdecimal() or int(processes) < 1:
-                raise config.ConfigError(f"--processes={processes}: give a number from 1 on.")
-            log.info("%s", describe(settings, int(processes)))
-    except (config.ConfigError, ValueError) as error:
-        log.error("%s", error)
-        return 1
+    processes, others = command_line.taken(arguments, "processes", os.environ.get("WORLD_SIZE", "1"))
+    preset, others = command_line.preset(others, __doc__)
+    kind, _ = stage_of(str(preset.pop("stage", "")))
+    settings = command_line.settings(kind, others, __doc__, {"out": "runs/plan"}, preset)
+    assert isinstance(settings, DataSettings)
+    with torch.random.fork_rng(devices=[]):
+        if not processes.isdecimal() or int(processes) < 1:
+            raise config.ConfigError(f"--processes={processes}: give a number from 1 on.")
+        log.info("%s", describe(settings, int(processes)))
     return 0
 
 

@@ -303,17 +303,10 @@ def run(settings: PrepareSettings) -> dict[str, object]:
     return table
 
 
+@command_line.command("Stopped. The same command goes on behind the last whole shard.")
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(command_line.settings(PrepareSettings, arguments, __doc__))
-    except (ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        log.error("Stopped. The same command goes on behind the last whole shard.")
-        return 130
+    run(command_line.settings(PrepareSettings, arguments, __doc__))
     return 0
 
 

@@ -12,10 +12,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from clearsr_core import checkpoint
-from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.key_maps import vae_to_host
 
-from . import command_line, config, snapshot
+from . import command_line, snapshot
 
 log = logging.getLogger("clearsr.training")
 
@@ -84,14 +83,10 @@ def run(settings: ReplaceSettings) -> None:
     log.info("Wrote %s: %d tensors of the decoder are new.", settings.out, len(moved))
 
 
+@command_line.command()
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(command_line.settings(ReplaceSettings, arguments, __doc__))
-    except (config.ConfigError, CheckpointError, snapshot.SnapshotError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    run(command_line.settings(ReplaceSettings, arguments, __doc__))
     return 0
 
 

@@ -18,14 +18,10 @@ from pathlib import Path
 
 import torch
 
-from clearsr_core.checkpoint import CheckpointError
-
 from . import command_line, config, evaluate
-from .baselines import BaselineMissingError
 from .reproduction import ablations, document, experiments, finished, results, sampling, work
 from .reproduction.experiments import Budget, Experiment
 from .reproduction.results import Stored
-from .snapshot import SnapshotError
 
 log = logging.getLogger("clearsr.training")
 
@@ -113,26 +109,19 @@ def run(settings: ReproduceSettings) -> None:
         log.info("%s: %s. Written to %s.", experiment.title, document.verdict(experiment, stored), path)
 
 
+@command_line.command(command_line.GOES_ON)
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     render = RENDER in arguments
-    try:
-        others = [argument for argument in arguments if argument != RENDER]
-        settings = command_line.settings(ReproduceSettings, others, __doc__)
-        if settings.run:
-            run(settings)
-        elif not render:
-            raise config.ConfigError(f"Give --run=NAME,... ({', '.join(experiments.names())}), {RENDER}, or both.")
-        if render:
-            document.render(settings.stored, settings.document)
-            log.info("Written to %s.", settings.document)
-    except (ablations.TrainingStoppedError, KeyboardInterrupt):
-        log.warning("Stopped. The same command goes on where this was.")
-        return 130
-    except (CheckpointError, SnapshotError, BaselineMissingError, FloatingPointError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    others = [argument for argument in arguments if argument != RENDER]
+    settings = command_line.settings(ReproduceSettings, others, __doc__)
+    if settings.run:
+        run(settings)
+    elif not render:
+        raise config.ConfigError(f"Give --run=NAME,... ({', '.join(experiments.names())}), {RENDER}, or both.")
+    if render:
+        document.render(settings.stored, settings.document)
+        log.info("Written to %s.", settings.document)
     return 0
 
 

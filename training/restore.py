@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig
 
 from . import command_line, config, loop, provenance
@@ -99,14 +98,10 @@ def run(settings: RestoreSettings) -> None:
         write_png(to_bytes(restored[0]), target, source)
 
 
+@command_line.command(command_line.GOES_ON)
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(command_line.settings(RestoreSettings, arguments, __doc__))
-    except (CheckpointError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    run(command_line.settings(RestoreSettings, arguments, __doc__))
     return 0
 
 

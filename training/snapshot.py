@@ -18,7 +18,7 @@ FORMAT = 1
 _NAME = "state_{step:08d}.safetensors"
 
 
-class SnapshotError(RuntimeError):
+class SnapshotError(ValueError):
     """A snapshot cannot be written, or does not belong to this run; the message says what to do."""
 
 

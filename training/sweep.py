@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clearsr_core.checkpoint import CheckpointError
 from clearsr_core.lsa import LSAConfig, phase_lengths
 
 from . import command_line, config, evaluate, loop, plots, provenance, tables
@@ -250,15 +249,11 @@ def run(settings: SweepSettings) -> None:
     write_sweep(settings, measure_grid(settings))
 
 
+@command_line.command(command_line.GOES_ON)
 def main(arguments: list[str]) -> int:
     """Run from the command line; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        settings = command_line.settings(SweepSettings, arguments, __doc__)
-        run(settings)
-    except (CheckpointError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    settings = command_line.settings(SweepSettings, arguments, __doc__)
+    run(settings)
     log.info("Written to %s: evaluation.*, sweep.csv, sweep.json, sweep_*.png.", settings.out)
     return 0
 

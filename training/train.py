@@ -15,7 +15,6 @@ if not __package__:  # `accelerate launch training/train.py` runs this file as a
 import torch
 
 from . import command_line, config, loop, parallel
-from .snapshot import SnapshotError
 
 log = logging.getLogger("clearsr.training")
 
@@ -69,24 +68,17 @@ def _check_paths(settings: loop.LoopSettings) -> None:
         raise ValueError(f"--out={settings.out} cannot be a folder of a run ({error.strerror}).") from error
 
 
+@command_line.command("Stopped before the first step; the same command goes on with what was being prepared.")
 def main(arguments: list[str]) -> int:
     """Run one stage, or with `--dry-run` say what it would be; return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if DRY_RUN in arguments:
         from . import plan
 
         return plan.main([argument for argument in arguments if argument != DRY_RUN])
-    try:
-        preset, others = command_line.preset(arguments, __doc__)
-        settings_kind, stage_kind = stage_of(str(preset.pop("stage", "")))
-        finished = train(stage_kind, command_line.settings(settings_kind, others, __doc__, preset))
-    except KeyboardInterrupt:  # the loop itself saves and ends by itself
-        log.error("Stopped before the first step; the same command goes on with what was being prepared.")
-        return 130
-    except (config.ConfigError, SnapshotError, FloatingPointError, ValueError, OSError) as error:
-        log.error("%s", error)
-        return 1
-    return 0 if finished else 130
+    preset, others = command_line.preset(arguments, __doc__)
+    settings_kind, stage_kind = stage_of(str(preset.pop("stage", "")))
+    finished = train(stage_kind, command_line.settings(settings_kind, others, __doc__, preset))
+    return 0 if finished else command_line.STOPPED  # Ctrl-C in the loop is no exception: it saves and ends by itself
 
 
 if __name__ == "__main__":

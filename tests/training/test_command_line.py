@@ -10,7 +10,11 @@ from typing import Literal
 
 import pytest
 
+from clearsr_core.safetensors_header import CheckpointError
 from training import command_line, config
+from training.baselines import BaselineMissingError
+from training.learned_metrics import LearnedMetricMissingError
+from training.snapshot import SnapshotError
 
 COMMANDS = sorted(
     path.stem
@@ -122,3 +126,43 @@ def test_the_last_value_is_taken() -> None:
 
 def test_commands_are_found() -> None:
     assert {"train", "plan", "reproduce", "restore", "export"} <= set(COMMANDS)
+
+
+ERRORS = [
+    config.ConfigError("--steps=x: give a number."),
+    CheckpointError("v1.safetensors is cut off."),
+    SnapshotError("runs/a holds no snapshot."),
+    BaselineMissingError("Real-ESRGAN is not installed."),
+    LearnedMetricMissingError("musiq is not installed."),
+    FloatingPointError("The loss is not a number at step 3."),
+    PermissionError(13, "Permission denied", "runs/a"),
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("error", [*ERRORS, KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_every_command_ends_in_a_sentence(
+    name: str, error: BaseException, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command_line, "settings", fails)
+    monkeypatch.setattr(command_line, "preset", fails)
+
+    status = importlib.import_module(f"training.{name}").main([])
+
+    interrupted = isinstance(error, KeyboardInterrupt)
+    assert status == (130 if interrupted else 1)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert told[0].startswith("Stopped") if interrupted else told[0] == str(error)
+
+
+def test_what_is_wrong_in_the_program_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_arguments: object) -> None:
+        raise KeyError("up_blocks.0")
+
+    monkeypatch.setattr(command_line, "settings", fails)
+    with pytest.raises(KeyError, match="up_blocks"):
+        importlib.import_module("training.restore").main([])

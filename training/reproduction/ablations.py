@@ -22,8 +22,8 @@ from .work import Work
 log = logging.getLogger("clearsr.training")
 
 
-class TrainingStoppedError(Exception):
-    """A training was asked to stop; it has saved, and the same command goes on."""
+class TrainingStoppedError(KeyboardInterrupt):
+    """Ctrl-C during a training: it has saved, and the same command goes on."""
 
 
 @dataclass(frozen=True)
