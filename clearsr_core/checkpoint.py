@@ -19,6 +19,7 @@ from torch import Tensor
 from .config import ClearSRConfig
 from .safetensors_header import FLOATS, CheckpointError, SafetensorsHeader, Shape, read_safetensors_header
 from .shapes import ANY, checkpoint_shapes
+from .whole_files import replacing
 
 FORMAT = 1
 PARTS = (
@@ -105,20 +106,14 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "clearsr.training": json.dumps(checkpoint.training),
         "format": "pt",
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(flat, partial, metadata=metadata)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.chmod(0o644)  # safetensors makes files that only their owner may read; models are shared
-        os.replace(partial, path)
+        with replacing(path) as unfinished:
+            save_file(flat, unfinished, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path.parent} cannot take a checkpoint ({error}). Free some space, or choose another folder; a file that "
             "was there before is as it was."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read_checked(path: Path) -> tuple[Header, SafetensorsHeader]:

@@ -19,10 +19,10 @@ from clearsr_core.checkpoint import Checkpoint
 from clearsr_core.config import SD21_NETWORKS, BaseConfig
 from clearsr_core.key_maps import unet_from_host, vae_from_host
 from clearsr_core.safetensors_header import read_safetensors_header
+from clearsr_core.whole_files import replacing
 
 from . import empty_prompt
 from .models import build_autoencoder, build_unet
-from .provenance import replacing
 from .single_file import HELP, read_single_file, refuse_v_prediction
 
 NULL_TEXT_FILE = "null_text.safetensors"
@@ -153,7 +153,8 @@ def save_network(network: ModelMixin, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         network.save_pretrained(unfinished)
         for file in sorted(Path(unfinished).iterdir()):
-            os.replace(file, folder / file.name)
+            with replacing(folder / file.name) as whole:
+                os.replace(file, whole)
 
 
 def load_autoencoder(source: Path) -> AutoencoderKL:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from clearsr_core.checkpoint import Checkpoint, CheckpointError
 from clearsr_core.config import SD21_NETWORKS, BaseConfig, ClearSRConfig
 from clearsr_core.fingerprint import unet_fingerprint
 from clearsr_core.key_maps import unet_to_host, vae_to_host
+from clearsr_core.whole_files import replacing
 
 from . import command_line, model_card, models, run_folder, snapshot
 from .base_model import BaseModel
@@ -147,14 +147,9 @@ def export(
     made = {"hardware": model_card.hardware(model.null_text.device) if hardware is None else hardware}
     notes = json.loads(json.dumps({**training, **made, "versions": model_card.versions()}))
     stored = Checkpoint(config, notes, plain)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unverified = path.with_name(f".{path.name}.{os.getpid()}.unverified")
-    try:
+    with replacing(path) as unverified:
         checkpoint.write(unverified, stored)
         verify(unverified, stored, path)
-        os.replace(unverified, path)
-    finally:
-        unverified.unlink(missing_ok=True)
     card = model_card.write(path, stored, overwrite_card)
     log.info("Wrote %s (%.1f MB) and %s.", path, path.stat().st_size / 1e6, card.name)
     log.info("Put the file into ComfyUI/models/clearsr; fill in the licence in the card before you share it.")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from clearsr_core.config import SD21_NETWORKS, BaseConfig, ClearSRConfig, Contro
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 from clearsr_core.safetensors_header import read_safetensors_header
 from clearsr_core.shapes import checkpoint_shapes, unet_shapes, vae_shapes
+from clearsr_core.whole_files import replacing
 
 from . import command_line
 from .base_model import BaseModel
@@ -227,13 +227,8 @@ def _drawn(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> di
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file and put it in place when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as unfinished:
         save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, {"note": NOTE})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def counted(path: Path) -> str:

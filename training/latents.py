@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clearsr_core.whole_files import replacing
+
 from . import models, provenance
 from .base_model import BaseModel
 from .clearsr_model import ClearSRModel
@@ -88,8 +90,7 @@ def encoded_once(
 def _write(path: Path, identity: str, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Write batches as one file, whole or not at all, and return what is in it."""
     tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in batches[0]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with provenance.replacing(path) as unfinished:
+    with replacing(path) as unfinished:
         save_file({**tensors, _IDENTITY: torch.tensor(list(identity.encode()))}, unfinished)
     return tensors
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from clearsr_core.whole_files import replacing
 
 from . import command_line, config, loop, provenance
 from .photographs import Photographs, to_bytes
@@ -82,9 +83,8 @@ def run(settings: MakeCropsSettings) -> int:
                 size = len(data)
                 if used + size > limit:
                     break
-                unfinished = path.with_suffix(".part")
-                unfinished.write_bytes(data)
-                os.replace(unfinished, path)
+                with replacing(path) as unfinished:
+                    unfinished.write_bytes(data)
             used, number = used + size, number + 1
             bar.update(size / 1e6)
     log.info("%d crops of %d pixels, %.1f MB, in %s.", number, settings.crop, used / 1e6, settings.out)

@@ -14,6 +14,7 @@ import torch
 
 from clearsr_core.checkpoint import Checkpoint
 from clearsr_core.config import ClearSRConfig, ControlConfig
+from clearsr_core.whole_files import replacing
 
 log = logging.getLogger("clearsr.training")
 
@@ -59,15 +60,8 @@ def write(file: Path, stored: Checkpoint, overwrite: bool = False) -> Path:
         log.warning("%s was edited by hand and is kept as it is; give --overwrite_card=true for a new one.", path)
         return path
     text = card(file.name, file.stat().st_size, stored)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as handle:
-            handle.write(text + _SEAL.format(digest=_digest(text)))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text + _SEAL.format(digest=_digest(text)), encoding="utf-8", newline="\n")
     return path
 
 

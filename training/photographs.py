@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import logging
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
+
+from clearsr_core.whole_files import replacing
 
 from . import config, provenance, shards, synthetic
 from .randomness import generator_for
@@ -109,10 +110,8 @@ def write_png(image: np.ndarray, path: Path, made_from: str = "") -> None:
     text = PngImagePlugin.PngInfo()
     if made_from:
         text.add_text(provenance.MADE_FROM, made_from)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    Image.fromarray(image).save(unfinished, "PNG", pnginfo=text)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        Image.fromarray(image).save(unfinished, "PNG", pnginfo=text)
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:

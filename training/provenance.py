@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import PngImagePlugin
+
+from clearsr_core.whole_files import replacing
 
 NAME = "made_with.json"
 MADE_FROM = "made-from"  # PNG text of a picture that is kept: SHA-256 of the file that it was made from
@@ -68,17 +67,8 @@ def is_made_from(picture: Path, source: str) -> bool:
 
 def write_json(path: Path, content: object, indent: int | None = None) -> None:
     """Write JSON so that a stop leaves the file before it or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write that takes the place of `path` at the end: whole, and also where two processes write it."""
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    yield unfinished
-    os.replace(unfinished, path)
 
 
 def sha256(path: Path) -> str:

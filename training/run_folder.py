@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from . import provenance
+from clearsr_core.whole_files import replacing
+
 from .snapshot import SnapshotError
 
 _LOCK = "run.lock"
@@ -124,5 +125,5 @@ def _forget_after(stats: Path, step: int) -> None:
     """Drop the rows of steps that a kill undid and that are now done again."""
     if stats.is_file():
         kept = [row for row in rows(stats.parent) if row["step"] <= step]
-        with provenance.replacing(stats) as unfinished:
+        with replacing(stats) as unfinished:
             unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")

@@ -11,13 +11,16 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from clearsr_core.whole_files import replacing
+
+from .provenance import sha256
 
 log = logging.getLogger("clearsr.training")
 
@@ -69,11 +72,8 @@ class ShardIndex:
             "bytes": sum(shard.bytes for shard in self.shards),
             **dataclasses.asdict(self),
         }
-        partial = folder / f"{INDEX}.part"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(table, file, indent=1)
-            _to_disk(file)
-        partial.replace(folder / INDEX)
+        with replacing(folder / INDEX) as unfinished:
+            unfinished.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> ShardIndex:
@@ -98,11 +98,6 @@ class ShardIndex:
             raise ShardError(
                 f"{path} cannot be read as an index of shards ({error}). Make the shards again with training.prepare."
             ) from error
-
-
-def _to_disk(file: io.IOBase) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _key(number: int, name: str, suffix: str) -> str:
@@ -151,11 +146,10 @@ def write_shards(
     waiting: Entry | None = None
     while number < count:
         path = folder / f"{len(shards):06d}.tar"
-        partial = path.with_suffix(".tar.part")
         members: list[Member] = []
-        with open(partial, "wb") as file:
+        with replacing(path) as unfinished:
             # The oldest tar format has no dates or owners that would differ from run to run.
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
                 while number < count:
                     waiting = waiting or entry(number)
                     if members and tar.offset + BLOCK + len(waiting.data) > shard_bytes:
@@ -175,10 +169,7 @@ def write_shards(
                     members.append(member)
                     advance(number)
                     number, waiting = number + 1, None
-            _to_disk(file)
-        with open(partial, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        partial.replace(path)
+            digest = sha256(unfinished)
         shards.append(Shard(path.name, path.stat().st_size, digest, tuple(members)))
         ShardIndex(plan, False, tuple(shards)).write(folder)
     index = ShardIndex(plan, True, tuple(shards))

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clearsr_core.whole_files import replacing
+
 FORMAT = 1
 _NAME = "state_{step:08d}.safetensors"
 
@@ -38,20 +40,14 @@ def write(folder: Path, state: TrainingState, keep: int = 2) -> Path:
     Raises:
         SnapshotError: when the disk is full or the folder cannot be written; older snapshots stay intact.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / _NAME.format(step=state.step)
-    temporary = target.with_suffix(".part")
     metadata = {"format": str(FORMAT), "step": str(state.step)}
     metadata |= {name: json.dumps(getattr(state, name), sort_keys=True) for name in ("settings", "given")}
     try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}, temporary, metadata
-        )
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, target)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        with replacing(target) as unfinished:
+            save_file(tensors, unfinished, metadata)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
         raise SnapshotError(
             f"Could not write the snapshot {target}: {error}. Earlier snapshots are intact; free some space and run "
             "the same command again to continue."
@@ -65,13 +61,11 @@ def keep_as_best(path: Path) -> Path:
     """Keep a snapshot under a name of its own, beyond the newest ones, in place of the best one so far."""
     target = path.with_name(path.name.replace("state_", "best_"))
     if not target.exists():
-        temporary = target.with_suffix(".part")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)  # the same bytes under two names
-        except OSError:
-            shutil.copyfile(path, temporary)  # file systems without links
-        os.replace(temporary, target)
+        with replacing(target) as unfinished:
+            try:
+                os.link(path, unfinished)  # the same bytes under two names
+            except OSError:
+                shutil.copyfile(path, unfinished)  # file systems without links
     for old in target.parent.glob("best_*.safetensors"):
         if old != target:
             old.unlink()

@@ -13,8 +13,10 @@ from typing import Any
 import tomllib
 import torch
 
+from clearsr_core.whole_files import replacing
+
 from .. import model_card
-from ..provenance import replacing, sha256
+from ..provenance import sha256
 from ..tables import EvaluationError, Results
 
 log = logging.getLogger("clearsr.training")
@@ -99,7 +101,6 @@ def write(folder: Path, stored: Stored) -> Path:
     table["made"]["settings"] = json.loads(json.dumps(stored.made.settings))
     for key in ("runs", "curves"):
         table[key] = _shortened(table[key])
-    folder.mkdir(parents=True, exist_ok=True)
     path = path_of(folder, stored.experiment, stored.split)
     with replacing(path) as unfinished:
         unfinished.write_text(_compact(table) + "\n", encoding="utf-8")

@@ -13,10 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clearsr_core.whole_files import replacing
+
 from .. import evaluate, provenance
 from ..evaluate import Pair
 from ..photographs import Photographs, first
-from ..provenance import replacing, sha256, write_json
+from ..provenance import sha256, write_json
 from ..tables import REFERENCE, EvaluationError
 from . import results
 from .experiments import Budget
@@ -96,7 +98,6 @@ def gather(work: Work) -> None:
     for pair in work.pairs:
         target = Pair(pair.name, work.hr / f"{pair.name}{pair.hr.suffix}", work.lr / f"{pair.name}{pair.lr.suffix}")
         for source, copy in ((pair.hr, target.hr), (pair.lr, target.lr)):
-            copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.is_file():
                 with replacing(copy) as unfinished:
                     shutil.copyfile(source, unfinished)
