@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from . import command_line, config, evaluate, loop, metrics, plots
 from .clearsr_model import ClearSRModel
-from .photographs import first, read_pixels, to_bytes
+from .config import first
+from .picture_files import read_pixels, to_bytes
 from .pipeline import bound_eps, encode_lr, noise_sources, sampling_schedule, start_state, to_pixels, trajectory
 from .tables import TITLES, Summary, summarise
 

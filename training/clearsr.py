@@ -24,7 +24,7 @@ from .export import export, is_contained, latent_rgb
 from .latents import Crops, FixedPairs, base_hash, weights_hash
 from .loop import plain
 from .pairs import DegradeOn, degrade_pairs
-from .photographs import to_bytes, write_png
+from .picture_files import to_bytes, write_png
 from .pipeline import sample, upscale_lr
 from .randomness import generator_for
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
@@ -12,6 +13,7 @@ import tomllib
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
 Settings = TypeVar("Settings")
+_Item = TypeVar("_Item")
 
 
 class ConfigError(ValueError):
@@ -123,3 +125,14 @@ def build(kind: type[Settings], *tables: dict[str, Any]) -> Settings:
     if missing:
         raise ConfigError("Please give " + ", ".join(f"--{name}=..." for name in missing) + ".")
     return kind(**merged)
+
+
+def first(items: Sequence[_Item], limit: int) -> Sequence[_Item]:
+    """Return what `--limit` leaves of `items`: the first of them, or all where it is 0.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if limit < 0:
+        raise ConfigError(f"--limit={limit}: give the number of pictures to take, or 0 for all.")
+    return items[: limit or None]

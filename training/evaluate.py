@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from . import command_line, comparison_sheet, evaluation_plots, loop, metrics, provenance, published, tables
 from .baselines import SCALE, Upscaler, upscaler
+from .config import first
 from .learned_metrics import LearnedMetrics
-from .photographs import SUFFIXES, first, header_size, read_rgb, reason, write_png
+from .picture_files import SUFFIXES, header_size, read_rgb, reason, write_png
 from .tables import REFERENCE, TITLES, EvaluationError, Results
 
 log = logging.getLogger("clearsr.training")

@@ -29,7 +29,8 @@ from clearsr_core.schedule import NUM_TRAIN_TIMESTEPS, add_noise
 
 from . import analysis, command_line, config, evaluate, loop, models, plots
 from .clearsr_model import ClearSRModel
-from .photographs import first, read_pixels
+from .config import first
+from .picture_files import read_pixels
 from .pipeline import EncodedLR, encode_lr, noise_sources, pad_to_grid
 
 log = logging.getLogger("clearsr.training")

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from clearsr_core.whole_files import replacing
 
 from . import command_line, config, loop, provenance
-from .photographs import Photographs, to_bytes
+from .photographs import Photographs
+from .picture_files import to_bytes
 from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
@@ -63,7 +64,7 @@ def run(settings: MakeCropsSettings) -> int:
         )
     photographs = Photographs(settings.data, settings.crop, settings.memory_gb)
     made_with = {key: value for key, value in loop.plain(settings).items() if key not in _MAY_CHANGE}
-    provenance.claim(settings.out, {**made_with, "photographs": provenance.digest(photographs.listing)})
+    provenance.claim(settings.out, {**made_with, "photographs": provenance.digest(photographs.identity)})
     limit, used, number = settings.megabytes * 1e6, 0, 0
     with tqdm(
         total=settings.megabytes, unit="MB", bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MB {remaining}"

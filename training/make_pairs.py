@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import command_line, config, provenance
 from .degradation import PRESETS, Preset
 from .pairs import degrade_pairs
-from .photographs import SUFFIXES, read_pixels, to_bytes, write_png
+from .picture_files import SUFFIXES, read_pixels, to_bytes, write_png
 
 log = logging.getLogger("clearsr.training")
 

@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import command_line, config, provenance
-from .photographs import SUFFIXES, first, read_named, read_rgb, reason
+from .config import first
+from .picture_files import SUFFIXES, read_named, read_rgb, reason
 
 log = logging.getLogger("clearsr.training")
 

@@ -1,257 +1,32 @@
-"""Photographs as random-access RGB pictures: a folder or shards, in memory or decoded when they are needed."""
+"""Crops of photographs, the same ones in memory or decoded as needed; which picture comes when."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
-from clearsr_core.whole_files import replacing
-
-from . import config, provenance, shards, synthetic
+from . import shards
+from .picture_files import read_rgb
+from .picture_sources import open_source, report
 from .randomness import generator_for
 
 log = logging.getLogger("clearsr.training")
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-ROTATED = {5, 6, 7, 8}  # values of the EXIF orientation that swap height and width
-ORIENTATION = 0x0112  # the EXIF tag
 LOOKED_AT = 32  # pictures whose pixels tell one set of photographs from another
-CHUNK = 64  # pictures that the chunked order takes together where there are no shards
 
 Order = Literal["area", "chunked"]
-_Item = TypeVar("_Item")
-
-
-def first(items: Sequence[_Item], limit: int) -> Sequence[_Item]:
-    """Return what `--limit` leaves of `items`: the first of them, or all where it is 0.
-
-    Raises:
-        ConfigError: it is negative.
-    """
-    if limit < 0:
-        raise config.ConfigError(f"--limit={limit}: give the number of pictures to take, or 0 for all.")
-    return items[: limit or None]
-
-
-def read_rgb(file: Path | io.BytesIO) -> np.ndarray:
-    """Read a picture as (H, W, 3) uint8: upright, grey, CMYK, palette and 16 bit converted, alpha on white."""
-    with Image.open(file) as picture:
-        kind = picture.format
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith(("I", "F")):
-            values = np.asarray(picture, dtype=np.float32)
-            grey = np.clip(values * _scale_to_bytes(picture.mode, kind, values) + 0.5, 0, 255).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        if "A" in picture.mode or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            background = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(background, picture)
-        return np.asarray(picture.convert("RGB"))
-
-
-def _scale_to_bytes(mode: str, kind: str | None, values: np.ndarray) -> float:
-    """Return what brings grey of more than 8 bits to 0 .. 255.
-
-    Where the mode says what white is, that decides: the highest value of a dark picture says nothing. Floats and whole
-    numbers of 32 bits have no agreed white, and their range has to tell.
-    """
-    if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillows open PNGs of 16 bits as I
-        return 1.0 / 257.0
-    if mode == "F" and values.max() <= 1.0:
-        return 255.0
-    return 1.0 / 257.0 if values.max() > 255.0 else 1.0
-
-
-def read_named(path: Path) -> np.ndarray:
-    """Read a picture as `read_rgb`, (H, W, 3) uint8.
-
-    Raises:
-        ValueError: it cannot be read; the message says which and why.
-    """
-    try:
-        return read_rgb(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: of broken PNGs
-        raise ValueError(f"{path} cannot be read ({reason(error)}). Replace it, or take it out.") from error
-
-
-def read_pixels(path: Path) -> Tensor:
-    """Read a picture as (1, 3, H, W) float32 in [0, 1].
-
-    Raises:
-        ValueError: as `read_named`.
-    """
-    return torch.from_numpy(read_named(path).copy()).permute(2, 0, 1)[None].float() / 255.0
-
-
-def to_bytes(pixels: Tensor) -> np.ndarray:
-    """Round (3, H, W) in [0, 1] to (H, W, 3) uint8."""
-    return np.ascontiguousarray((pixels * 255.0).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def write_png(image: np.ndarray, path: Path, made_from: str = "") -> None:
-    """Write (H, W, 3) uint8 whole or not at all, so that what a stopped run leaves can be kept.
-
-    `made_from`, the SHA-256 of the file that it was made from, goes into the PNG for `provenance.is_made_from`.
-    """
-    text = PngImagePlugin.PngInfo()
-    if made_from:
-        text.add_text(provenance.MADE_FROM, made_from)
-    with replacing(path) as unfinished:
-        Image.fromarray(image).save(unfinished, "PNG", pnginfo=text)
-
-
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Return (height, width) of an open picture as `read_rgb` will give it, from its header alone."""
-    width, height = picture.size
-    if picture.format == "TIFF":
-        return height, width  # upright already
-    if picture.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & picture.info.keys():
-        return height, width  # Pillow would decode the whole file to look for a late EXIF block
-    return (width, height) if picture.getexif().get(ORIENTATION) in ROTATED else (height, width)
-
-
-def header_size(file: Path | io.BytesIO) -> tuple[int, int]:
-    """Return (height, width) of a picture file as `read_rgb` will give it, from its header alone."""
-    with Image.open(file) as picture:
-        return upright_size(picture)
-
-
-def reason(error: Exception) -> str:
-    """Say in a few words why a picture file could not be read."""
-    text = str(error)
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "no picture, or damaged at its start"
-    if "truncated" in text.lower() or isinstance(error, EOFError):
-        return "cut off"
-    return text.split("\n")[0][:80] or type(error).__name__
-
-
-class Source(Protocol):
-    """Pictures that can be opened by number."""
-
-    @property
-    def names(self) -> list[str]:
-        """File names without folders."""
-        ...
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of every picture."""
-        ...
-
-    @property
-    def chunks(self) -> list[range]:
-        """Numbers that lie together and are best read together."""
-        ...
-
-    def open(self, index: int) -> Path | io.BytesIO:
-        """Return picture `index` as something that Pillow opens."""
-        ...
-
-
-class _Folder:
-    """A folder with everything below it."""
-
-    def __init__(self, folder: Path, smallest: int) -> None:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        if not paths:
-            raise ValueError(
-                f"No pictures in {folder} (looked for {', '.join(sorted(SUFFIXES))}), and no shards (*.tar)."
-            )
-        broken, small = [], []
-        self.paths: list[Path] = []
-        self.sizes: list[tuple[int, int]] = []
-        with ThreadPoolExecutor(4) as pool:
-            for path, size in zip(paths, pool.map(_size_or_reason, paths), strict=True):
-                if isinstance(size, str):
-                    broken.append(f"{path.name} ({size})")
-                elif min(size) < smallest:
-                    small.append(f"{path.name} ({size[1]}x{size[0]})")
-                else:
-                    self.paths.append(path)
-                    self.sizes.append(size)
-        _report(broken, "cannot be read")
-        _report(small, f"have a side under {smallest} pixels")
-        if not self.paths:
-            raise ValueError(f"None of the {len(paths)} pictures in {folder} can be used (smallest side {smallest}).")
-        self.names = [path.name for path in self.paths]
-        self.chunks = [range(start, min(start + CHUNK, len(self.paths))) for start in range(0, len(self.paths), CHUNK)]
-
-    def open(self, index: int) -> Path:
-        return self.paths[index]
-
-
-class _Shards:
-    """A folder of tar files; memory holds the index only."""
-
-    def __init__(self, folder: Path, smallest: int) -> None:
-        index = shards.open_index(folder, header_size, SUFFIXES)
-        self.names: list[str] = []
-        self.sizes: list[tuple[int, int]] = []
-        self.chunks: list[range] = []
-        self._places: list[tuple[Path, int, int]] = []
-        small = []
-        for shard in index.shards:
-            first = len(self.names)
-            for member in shard.members:
-                size = (member.height, member.width)
-                if min(size) < smallest:
-                    small.append(f"{member.name} ({member.width}x{member.height})")
-                    continue
-                self.names.append(Path(member.name).name)
-                self.sizes.append(size)
-                self._places.append((folder / shard.name, member.offset, member.bytes))
-            if len(self.names) > first:
-                self.chunks.append(range(first, len(self.names)))
-        _report(small, f"have a side under {smallest} pixels")
-        if not self.names:
-            raise ValueError(f"None of the pictures in the shards of {folder} can be used (smallest side {smallest}).")
-
-    def open(self, index: int) -> io.BytesIO:
-        return io.BytesIO(shards.read_member(*self._places[index]))
-
-
-def open_source(data: Path, smallest: int) -> Source:
-    """Find the pictures whose sides have at least `smallest` pixels; headers are read, nothing is decoded.
-
-    Raises:
-        ValueError: there are none, or `data` is no folder.
-    """
-    if data == synthetic.SYNTHETIC and not data.exists():
-        return synthetic.DeadLeaves(smallest)
-    if not data.is_dir():
-        raise ValueError(
-            f"--data={data} is not a folder. Give a folder of photographs, or of shards; or {synthetic.SYNTHETIC} for "
-            "a trial run."
-        )
-    return (_Shards if shards.is_shard_folder(data, SUFFIXES) else _Folder)(data, smallest)
-
-
-def _report(names: list[str], what: str) -> None:
-    if names:
-        more = f" and {len(names) - 10} more (training.prepare lists them all)" if len(names) > 10 else ""
-        log.warning("%d pictures %s and are left out: %s%s", len(names), what, ", ".join(names[:10]), more)
-
-
-def _size_or_reason(path: Path) -> tuple[int, int] | str:
-    try:
-        return header_size(path)
-    except Exception as error:  # Pillow raises many kinds for damaged files; one bad file must not end a run.
-        return reason(error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +133,7 @@ class Photographs:
             whole = list(pool.map(self._decode, self._numbers))
         found = [number for number, picture in enumerate(whole) if picture is not None]
         broken = [self._source.names[number] for number, picture in enumerate(whole) if picture is None]
-        _report(broken, "are cut off or damaged")
+        report(broken, "are cut off or damaged")
         self._numbers = found
         if not self._numbers:
             raise ValueError(f"All {len(broken)} pictures are cut off or damaged; training.prepare says what is wrong.")

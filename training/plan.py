@@ -18,7 +18,7 @@ from .base import BaseSettings
 from .batches import DataSettings
 from .clearsr import ClearSRSettings
 from .loop import Stage
-from .photographs import open_source
+from .picture_sources import open_source
 
 log = logging.getLogger("clearsr.training")
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import command_line, config, layouts, shards
-from .photographs import ORIENTATION, SUFFIXES, read_rgb, reason, upright_size
+from .picture_files import ORIENTATION, SUFFIXES, read_rgb, reason, upright_size
 
 log = logging.getLogger("clearsr.training")
 

@@ -16,7 +16,8 @@ from clearsr_core.lsa import LSAConfig
 
 from . import command_line, config, loop, provenance
 from .clearsr_model import ClearSRModel, require_file
-from .photographs import SUFFIXES, first, read_pixels, to_bytes, write_png
+from .config import first
+from .picture_files import SUFFIXES, read_pixels, to_bytes, write_png
 from .pipeline import ColorFix, restore, sampling_schedule
 
 log = logging.getLogger("clearsr.training")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from clearsr_core.whole_files import replacing
 
+from .picture_files import SUFFIXES, header_size
 from .provenance import sha256
 
 log = logging.getLogger("clearsr.training")
@@ -194,20 +195,15 @@ def _finished(folder: Path, plan: str) -> Iterator[Shard]:
         yield shard
 
 
-def is_shard_folder(folder: Path, suffixes: set[str]) -> bool:
+def is_shard_folder(folder: Path) -> bool:
     """Say whether a data folder holds shards: tar files or an index, and no loose pictures beside them."""
     files = [path for path in folder.iterdir() if path.is_file()]
     shards = any(path.suffix == ".tar" or path.name == INDEX for path in files)
-    return shards and not any(path.suffix.lower() in suffixes for path in files)
+    return shards and not any(path.suffix.lower() in SUFFIXES for path in files)
 
 
-def open_index(folder: Path, size_of: Callable[[io.BytesIO], tuple[int, int]], suffixes: set[str]) -> ShardIndex:
+def open_index(folder: Path) -> ShardIndex:
     """Return the index of a folder of shards, checked against the files; without `index.json` it is made in memory.
-
-    Args:
-        folder: holds the tar files.
-        size_of: gives (height, width) of a picture file; asked only for shards without an index.
-        suffixes: of the members that are pictures, in lower case.
 
     Raises:
         ShardError: for shards that are missing, cut off, or not finished.
@@ -216,7 +212,7 @@ def open_index(folder: Path, size_of: Callable[[io.BytesIO], tuple[int, int]], s
         paths = sorted(folder.glob("*.tar"))
         log.info("%s has no %s; reading the headers of %d tar files.", folder, INDEX, len(paths))
         with ThreadPoolExecutor(4) as pool:
-            return ShardIndex("", True, tuple(pool.map(lambda path: _scan(path, size_of, suffixes), paths)))
+            return ShardIndex("", True, tuple(pool.map(_scan, paths)))
     index = ShardIndex.read(folder)
     if not index.complete:
         raise ShardError(
@@ -236,7 +232,7 @@ def open_index(folder: Path, size_of: Callable[[io.BytesIO], tuple[int, int]], s
     return index
 
 
-def _scan(path: Path, size_of: Callable[[io.BytesIO], tuple[int, int]], suffixes: set[str]) -> Shard:
+def _scan(path: Path) -> Shard:
     """Read the places and sizes of a tar file's pictures; members that are no pictures are passed over."""
     size = path.stat().st_size
     members: list[Member] = []
@@ -245,11 +241,11 @@ def _scan(path: Path, size_of: Callable[[io.BytesIO], tuple[int, int]], suffixes
             for info in tar:
                 if info.offset_data + info.size > size:
                     raise tarfile.ReadError(f"its member {info.name} ends behind the end of the file")
-                if not info.isfile() or Path(info.name).suffix.lower() not in suffixes:
+                if not info.isfile() or Path(info.name).suffix.lower() not in SUFFIXES:
                     continue
                 data = read_member(path, info.offset_data, info.size)
                 try:
-                    height, width = size_of(io.BytesIO(data))
+                    height, width = header_size(io.BytesIO(data))
                 except Exception as error:  # Pillow raises many kinds; one bad member must not end a run.
                     log.warning("%s: %s cannot be read and is left out (%s).", path, info.name, error)
                     continue

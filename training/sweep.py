@@ -27,7 +27,7 @@ from clearsr_core.lsa import LSAConfig, phase_lengths
 from . import command_line, config, evaluate, loop, plots, provenance, tables
 from .clearsr_model import ClearSRModel, require_file
 from .evaluate import EvaluationSettings
-from .photographs import read_pixels, to_bytes, write_png
+from .picture_files import read_pixels, to_bytes, write_png
 from .pipeline import (
     ColorFix,
     EncodedLR,

@@ -17,7 +17,7 @@ from clearsr_core.lsa import LSAConfig, phase
 from training import calibrate
 from training.calibrate import phase_limits, watched_steps
 from training.clearsr_model import ClearSRModel
-from training.photographs import to_bytes
+from training.picture_files import to_bytes
 from training.pipeline import restore
 
 

@@ -34,7 +34,8 @@ from training.checkpointing import Checkpointing, checkpoint_blocks
 from training.clearsr import ClearSRSettings, ClearSRStage
 from training.clearsr_model import ClearSRModel
 from training.latents import Crops, encoded_once
-from training.photographs import Photographs, read_rgb
+from training.photographs import Photographs
+from training.picture_files import read_rgb
 from training.pipeline import noise_sources, pad_to_grid, sample
 from training.pipeline import restore as restore_picture
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from training import contact_sheet, latents, layouts, prepare, shards
 from training.batches import Ahead
 from training.pairs import degrade_pairs
-from training.photographs import ChunkedOrder, Photographs, header_size, read_rgb
+from training.photographs import ChunkedOrder, Photographs
+from training.picture_files import header_size, read_rgb
 from training.randomness import generator_for
 
 SIZES = [(40, 64), (33, 37), (64, 48), (50, 50), (36, 90)]

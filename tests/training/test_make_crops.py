@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from training import make_crops
-from training.photographs import Photographs, to_bytes
+from training.photographs import Photographs
+from training.picture_files import to_bytes
 from training.randomness import generator_for
 
 
@@ -84,8 +85,15 @@ def test_a_limit_under_one_crop_is_an_error(
     assert "Not one crop" in caplog.text
 
 
-def test_other_photographs_are_other_crops(photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("change", ["one is gone", "one of the same name and size"])
+def test_other_photographs_are_other_crops(
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
     assert make_crops.main(command(photographs, tmp_path / "out")) == 0
-    (photographs / "0.png").unlink()
+    if change == "one is gone":
+        (photographs / "0.png").unlink()
+    else:
+        with Image.open(photographs / "0.png") as picture:
+            ImageOps.invert(picture.convert("RGB")).save(photographs / "0.png")
     assert make_crops.main(command(photographs, tmp_path / "out")) == 1
     assert "another photographs" in caplog.text

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from training import make_pairs, provenance, restore
-from training.photographs import write_png
+from training.picture_files import write_png
 
 
 def test_the_same_settings_go_on_and_others_are_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from clearsr_core.lsa import LSAConfig
 from training import restore as restore_command
 from training import sweep
 from training.clearsr_model import ClearSRModel
-from training.photographs import read_rgb, to_bytes
+from training.picture_files import read_rgb, to_bytes
 from training.pipeline import ColorFix, encode_lr, restore
 
 STEPS = 4

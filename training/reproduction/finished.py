@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import calibrate, config, evaluate, inspection, provenance, sweep
 from ..baselines import upscaler
 from ..clearsr_model import ClearSRModel
-from ..photographs import write_png
+from ..picture_files import write_png
 from ..tables import REFERENCE, Results
 from . import results, work
 from .experiments import Experiment

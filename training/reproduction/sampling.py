@@ -15,7 +15,7 @@ from clearsr_core.schedule import Spacing
 
 from .. import config, models, provenance
 from ..clearsr_model import ClearSRModel
-from ..photographs import read_pixels, to_bytes, write_png
+from ..picture_files import read_pixels, to_bytes, write_png
 from ..pipeline import ColorFix, Target, bound_eps, encode_lr, noise_sources, pad_to_grid, sample, to_pixels
 from ..tables import REFERENCE, Results
 from . import finished, results, work

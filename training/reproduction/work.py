@@ -16,8 +16,9 @@ from tqdm import tqdm
 from clearsr_core.whole_files import replacing
 
 from .. import evaluate, provenance
+from ..config import first
 from ..evaluate import Pair
-from ..photographs import Photographs, first
+from ..photographs import Photographs
 from ..provenance import sha256, write_json
 from ..tables import REFERENCE, EvaluationError
 from . import results
