@@ -301,12 +301,17 @@ def test_trainings_of_other_photographs_or_presets_are_not_taken_for_these(
 ) -> None:
     arguments = command(chain, pairs, tmp_path / "work", "--run=fig8", "--seeds=0")
     assert reproduce.main(arguments) == 0
-    more = tmp_path / "more"
-    shutil.copytree(chain / "photographs", more)
+    more, turned = tmp_path / "more", tmp_path / "turned"
+    for folder in (more, turned):
+        shutil.copytree(chain / "photographs", folder)
     shutil.copy(more / "0.png", more / "2.png")
+    with Image.open(turned / "0.png") as picture:  # another one of the same name and size
+        picture.transpose(Image.Transpose.ROTATE_180).save(turned / "0.png")
     others = [argument for argument in arguments if not argument.startswith("--data=")]
-    assert reproduce.main([*others, f"--data={more}"]) == 1
-    assert "another photographs" in caplog.text
+    for folder in (more, turned):
+        caplog.clear()
+        assert reproduce.main([*others, f"--data={folder}"]) == 1
+        assert "another photographs" in caplog.text
     real = config.read_preset
     monkeypatch.setattr(config, "read_preset", lambda name: {**real(name), "learning_rate": 0.5})
     assert reproduce.main(arguments) == 1

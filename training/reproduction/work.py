@@ -49,8 +49,8 @@ class Work:
 
     @functools.cached_property
     def photographs(self) -> str:
-        """Return a digest of the pictures to train on: their names and sizes."""
-        return provenance.digest(Photographs(self.data, smallest=1, memory_gb=0.0).listing)
+        """Return a digest of the pictures to train on, of their names, sizes and pixels."""
+        return provenance.digest(Photographs(self.data, smallest=1, memory_gb=0.0).identity)
 
     @property
     def here(self) -> Path:
