@@ -17,10 +17,10 @@ from .base import noise_schedule
 from .base_model import BaseModel
 from .batches import Ahead, DataSettings
 from .checkpointing import Checkpointing, checkpoint_blocks
+from .clearsr_file import export, is_contained, latent_rgb
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
 from .degradation import Preset
-from .export import export, is_contained, latent_rgb
 from .latents import Crops, FixedPairs, base_hash, weights_hash
 from .loop import plain
 from .pairs import DegradeOn, degrade_pairs

@@ -30,8 +30,8 @@ from clearsr_core.whole_files import replacing
 
 from . import command_line
 from .base_model import BaseModel
+from .clearsr_file import export
 from .clearsr_model import ClearSRModel
-from .export import export
 from .openclip import TextSizes, text_shapes
 from .single_file import SPREAD, TEXT, UNET, VAE
 

@@ -19,6 +19,7 @@ from .batches import DataSettings
 from .clearsr import ClearSRSettings
 from .loop import Stage
 from .picture_sources import open_source
+from .stages import stage_of
 
 log = logging.getLogger("clearsr.training")
 
@@ -130,8 +131,6 @@ def _memory(settings: DataSettings, needed: rehearsal.MemoryEstimate, processes:
 @command_line.command()
 def main(arguments: list[str]) -> int:
     """Print the plan of the run that the same arguments would begin; return the exit status."""
-    from .train import stage_of
-
     processes, others = command_line.taken(arguments, "processes", os.environ.get("WORLD_SIZE", "1"))
     preset, others = command_line.preset(others, __doc__)
     kind, _ = stage_of(str(preset.pop("stage", "")))

@@ -14,28 +14,12 @@ if not __package__:  # `accelerate launch training/train.py` runs this file as a
 
 import torch
 
-from . import command_line, config, loop, parallel
+from . import command_line, loop, parallel, plan
+from .stages import stage_of
 
 log = logging.getLogger("clearsr.training")
 
 DRY_RUN = "--dry-run"
-
-
-def stage_of(name: str) -> tuple[type[loop.LoopSettings], Callable[..., loop.Stage]]:
-    """Return the settings and the stage that a preset names; a stage's libraries are imported with it."""
-    if name == "autoencoder":
-        from .autoencoder import AutoencoderSettings, AutoencoderStage
-
-        return AutoencoderSettings, AutoencoderStage
-    if name == "base":
-        from .base import BaseSettings, BaseStage
-
-        return BaseSettings, BaseStage
-    if name == "clearsr":
-        from .clearsr import ClearSRSettings, ClearSRStage
-
-        return ClearSRSettings, ClearSRStage
-    raise config.ConfigError(f"Unknown stage {name!r}: autoencoder, base or clearsr.")
 
 
 def train(stage_kind: Callable[..., loop.Stage], settings: loop.LoopSettings) -> bool:
@@ -72,8 +56,6 @@ def _check_paths(settings: loop.LoopSettings) -> None:
 def main(arguments: list[str]) -> int:
     """Run one stage, or with `--dry-run` say what it would be; return the exit status."""
     if DRY_RUN in arguments:
-        from . import plan
-
         return plan.main([argument for argument in arguments if argument != DRY_RUN])
     preset, others = command_line.preset(arguments, __doc__)
     settings_kind, stage_kind = stage_of(str(preset.pop("stage", "")))

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from clearsr_core import checkpoint
 from clearsr_core.clip_features import clip_pixels, projected_tokens
 from clearsr_core.config import TINY, BaseConfig, ClearSRConfig
-from training import export as exporting
+from training import clearsr_file
 from training.base_model import BaseModel
 from training.clearsr_model import ClearSRModel
 from training.clip_vision import ClipImagePrompt
@@ -113,13 +113,13 @@ def test_what_is_no_clip_vision_model_is_refused(clip, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["pooled", "patch"])
 def test_the_file_tells_the_nodes_what_to_do(clip, tmp_path: Path, monkeypatch, mode: str) -> None:
     """No image encoder, the prompt mode, for patch tokens the projection, and the fingerprint of a base outside."""
-    monkeypatch.setattr(exporting, "SD21_NETWORKS", NETWORKS)
+    monkeypatch.setattr(clearsr_file, "SD21_NETWORKS", NETWORKS)
     monkeypatch.setattr("clearsr_core.config.SD21_NETWORKS", NETWORKS)
     prompt = ClipImagePrompt(clip, patch=mode == "patch")
     model = ClearSRModel(BaseModel.random(NETWORKS, 0), TINY, 2, mode, 0, prompt)
     assert not any(name.startswith(("clip", "image_encoder")) for name in model.trainable())
     path = tmp_path / "clearsr.safetensors"
-    exporting.export(model, path, rank=2, prompt_mode=mode, anchor="lr_encoder", training={})
+    clearsr_file.export(model, path, rank=2, prompt_mode=mode, anchor="lr_encoder", training={})
     file = checkpoint.read(path)
     config: ClearSRConfig = file.config
     assert (config.prompt_mode, config.image_encoder, config.clip_width) == (mode, False, 160 * (mode == "patch"))
@@ -138,13 +138,13 @@ def test_the_file_tells_the_nodes_what_to_do(clip, tmp_path: Path, monkeypatch, 
 def test_a_file_of_clip_features_without_clip_is_told_once(
     clip, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(exporting, "SD21_NETWORKS", NETWORKS)
+    monkeypatch.setattr(clearsr_file, "SD21_NETWORKS", NETWORKS)
     monkeypatch.setattr("clearsr_core.config.SD21_NETWORKS", NETWORKS)
     prompt, base = ClipImagePrompt(clip, patch=False), BaseModel.random(NETWORKS, 0)
     model = ClearSRModel(base, TINY, 2, "pooled", 0, prompt)
     for mode in ("pooled", "null"):
         path = tmp_path / f"{mode}.safetensors"
-        exporting.export(model, path, rank=2, prompt_mode=mode, anchor="lr_encoder", training={})
+        clearsr_file.export(model, path, rank=2, prompt_mode=mode, anchor="lr_encoder", training={})
     ClearSRModel.from_checkpoint(tmp_path / "pooled.safetensors", BaseModel.random(NETWORKS, 0), prompt)
     ClearSRModel.from_checkpoint(tmp_path / "null.safetensors", BaseModel.random(NETWORKS, 0))
     assert not caplog.messages

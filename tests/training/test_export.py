@@ -116,7 +116,7 @@ def test_a_file_that_reads_back_otherwise_is_not_put_in_place(
                 return Checkpoint(found.config, {}, found.tensors)
         return found
 
-    monkeypatch.setattr(export.checkpoint, "read", damaged)
+    monkeypatch.setattr(checkpoint, "read", damaged)
     assert export.main(arguments(chain, out)) == 1
     what = {"number": "spm.conv_in.bias", "dtype": "spm.conv_in.bias"}.get(damage, damage)
     assert f"{out} reads back other than it was written ({what}; 1 in all)" in caplog.text

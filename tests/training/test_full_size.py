@@ -16,7 +16,7 @@ from clearsr_core import checkpoint
 from clearsr_core import config as core_config
 from clearsr_core.config import BaseConfig
 from clearsr_core.fingerprint import SAME, fingerprint_distance, unet_fingerprint
-from training import export, full_size
+from training import clearsr_file, full_size
 from training.base_model import BaseModel
 from training.clip_vision import ClipImagePrompt
 from training.full_size import FILES, FullSizeSettings, Sizes, make
@@ -40,7 +40,7 @@ SIZES = Sizes(TINY, TextSizes(vocabulary=40, tokens=9, width=16, layers=3), VISI
 @pytest.fixture
 def tiny_is_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tiny base stand for SD 2.1-base: its ClearSR file carries no base, but the base's fingerprint."""
-    for module in (core_config, export, full_size):
+    for module in (core_config, clearsr_file, full_size):
         monkeypatch.setattr(module, "SD21_NETWORKS", TINY)
     load = BaseModel.from_single_file
     monkeypatch.setattr(full_size.BaseModel, "load", lambda path: load(path, TINY))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .. import config, inspection, provenance, restore, train
 from ..clearsr_model import ClearSRModel
+from ..stages import stage_of
 from ..tables import REFERENCE, Results
 from . import experiments, results, work
 from .experiments import Experiment
@@ -59,7 +60,7 @@ def trained(here: Work, way: str, variant: str, seed: int, progress: work.Progre
     repeated = file.is_file()
     provenance.claim(folder, {**table, "base": here.sha256, "photographs": here.photographs})
     if not repeated:
-        settings_kind, stage_kind = train.stage_of(stage)
+        settings_kind, stage_kind = stage_of(stage)
         settings = config.build(
             settings_kind,
             table,
