@@ -90,10 +90,12 @@ class ClearSRColorFix(io.ComfyNode):
         whole, wanted = (image.shape[1], image.shape[2]), (reference.shape[1], reference.shape[2])
         image = cut_to_reference(image, wanted)
         if image.shape[1:3] != wanted or not is_padded(whole, wanted):
+            rows, columns = whole[0] - image.shape[1], whole[1] - image.shape[2]
+            cut = f" {rows} rows and {columns} columns were cut off." if rows or columns else ""
             notice(
                 cls,
                 f"{NODE}: the reference has {wanted[1]} x {wanted[0]} pixels and the result {whole[1]} x {whole[0]}, "
-                "which no padding explains. Connect the IMAGE of LR Latent Encode as the reference.",
+                f"which no padding explains.{cut} Connect the IMAGE of LR Latent Encode as the reference.",
             )
         if strength == 0.0:
             return io.NodeOutput(image)

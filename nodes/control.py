@@ -37,7 +37,7 @@ def parse_level_weights(text: str, levels: int = 4, layers_per_block: int = 2) -
     """
     per_level = layers_per_block + 1
     skips = levels * per_level
-    parts = text.replace(",", " ").split()
+    parts = text.split(",") if "," in text else text.split()  # an empty place between commas is no number
     try:
         numbers = [float(part) for part in parts]
     except ValueError:
@@ -67,7 +67,20 @@ def decoder_prompt(bundle: ClearSRBundle, clip_vision: HostObject, lr_latent: di
         entry: LREntry | None = lr_latent.get(KEY)
         if entry is not None and entry["image_prompt"] is not None:
             rows = encoded_rows(entry, lr_latent["samples"])
-            return entry["image_prompt"] if rows is None else entry["image_prompt"][rows], None
+            if rows is not None:
+                return entry["image_prompt"][rows], None
+            pictures, prompts = len(lr_latent["samples"]), len(entry["image_prompt"])
+            if prompts == 1 < pictures:
+                return entry["image_prompt"], (
+                    f"{NODE}: lr_latent holds {pictures} pictures, but the image prompt of 1, which all of them get. "
+                    "Put pictures together as IMAGE, before LR Latent Encode."
+                )
+            return entry["image_prompt"], None
+        if bundle.image_encoder is not None:
+            return None, (
+                f"{NODE}: lr_latent does not come from LR Latent Encode, or lost on the way what that node wrote into "
+                "it, so the decoder reads the empty prompt instead of the picture. Connect LR Latent Encode directly."
+            )
         return None, (
             f"{NODE}: no CLIP_VISION_OUTPUT is connected, so the decoder reads the empty prompt instead of the "
             f"picture. '{bundle.name}' was trained with CLIP ViT-H/14 image features."
@@ -284,8 +297,8 @@ class ClearSRControlApply(io.ComfyNode):
             )
         if start_percent > end_percent:
             raise ValueError(
-                f"{NODE}: start_percent {start_percent} lies after end_percent {end_percent}; the control would never "
-                "act."
+                f"{NODE}: start_percent {start_percent} lies after end_percent {end_percent}, so the control would "
+                "never act. Swap them, or set both strengths to 0 for no control."
             )
         if start_percent == end_percent:
             notice(cls, f"{NODE}: start_percent and end_percent are both {start_percent}, so the control never acts.")
@@ -314,6 +327,11 @@ class ClearSRControlApply(io.ComfyNode):
         )
         controlled = attach_control(model, clearsr, samples, prompt, settings)
         # The samplers below find the empty prompt here, whatever happened to the MODEL in between.
-        attachment = {"null_text": clearsr.null_text, "base": clearsr.base, "control_every": control_every}
+        attachment = {
+            "null_text": clearsr.null_text,
+            "base": clearsr.base,
+            "control_every": control_every,
+            "encoded": lr_latent[KEY]["encoded"] if KEY in lr_latent else None,
+        }
         controlled.set_attachments(KEY, attachment)
         return io.NodeOutput(controlled)

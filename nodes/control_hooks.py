@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,6 +54,11 @@ class ControlSettings:
     every: int = 1  # compute the control at every n-th step only
     level_weights: tuple[float, ...] = (1.0,) * 13  # the skips from fine to coarse (12 in SD 2.1), then the middle
     tiling: TilingSettings = field(default_factory=TilingSettings)
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything of the control is left with these strengths."""
+        return bool(self.dpm_strength or self.spm_strength) and any(self.level_weights)
 
     def alone(self, net: ClearSRControl) -> dict[str, tuple[float, float]]:
         """Return the strengths of DPM and SPM that leave one of them alone, by its name."""
@@ -109,7 +115,7 @@ def attach_control(
         clone.remove_wrappers_with_key(kind, KEY)
     _remove_attn2_patch(clone)
     clone.set_additional_models(KEY, [bundle.control])
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _bind(lr_latent, prompt, settings.tiling, bundle.name))
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _bind(lr_latent, prompt, settings, bundle.name))
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _control(bundle, settings))
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _reserve_memory(settings.tiling))
     if prompt is not None:
@@ -134,7 +140,12 @@ def _decoder_reads_prompt(query: Tensor, context: Tensor, value: Tensor | None, 
     return query, prompt, prompt
 
 
-def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings, file: str) -> Callable[..., Tensor]:
+def is_controlled(model: ModelPatcher) -> bool:
+    """Return whether DPM/SPM Control Apply is on this model."""
+    return bool(model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY))
+
+
+def _bind(lr_latent: Tensor, prompt: Tensor | None, settings: ControlSettings, file: str) -> Callable[..., Tensor]:
     """Make the wrapper around a whole run (host: SAMPLER_SAMPLE)."""
 
     def bind(
@@ -162,7 +173,15 @@ def _bind(lr_latent: Tensor, prompt: Tensor | None, tiling: TilingSettings, file
         # The run's memory rides in this run's own copy of transformer_options and ends with it.
         run = ControlRun(x_lr, sigmas, RunCheck(NODE, file, inference_dtype(guider.inner_model)))
         extra_args["model_options"]["transformer_options"][RUN] = run
-        start_tiling(tiling, extra_args["model_options"], guider, x_lr, len(sigmas) - 1, run.cache.clear)
+        steps = len(sigmas) - 1
+        if settings.acts and not guided_steps(steps, settings.start_percent, settings.end_percent):
+            settings.tiling.say(
+                f"{NODE}: the range from start_percent {settings.start_percent:g} to end_percent "
+                f"{settings.end_percent:g} holds no step of this run of {steps} steps, so the control never acts. "
+                "Widen it, or take more steps.",
+                logging.WARNING,
+            )
+        start_tiling(settings.tiling, extra_args["model_options"], guider, x_lr, steps, run.cache.clear)
         samples = executor(guider, sigmas, extra_args, callback, noise, *rest)
         run.check.result(samples, run.last_control())
         return samples
@@ -207,9 +226,6 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
     sees_x_t = config.control_input == "lr+xt"
     constant = config.control_time == "fixed" and not sees_x_t
     null_text = bundle.null_text[None]  # (1, tokens, width)
-    off = all(weight == 0.0 for weight in settings.level_weights) or not (
-        settings.dpm_strength or settings.spm_strength
-    )
 
     def control(
         executor: HostObject,
@@ -242,7 +258,7 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
             len(run.sigmas) - 1, settings.start_percent, settings.end_percent
         )
         merged = control
-        if x_lr is not None and in_range and not off:
+        if x_lr is not None and in_range and settings.acts:
             if x_lr.shape[-2:] != x.shape[-2:]:
                 raise ValueError(
                     f"{NODE}: a node cut the latent to {tuple(x.shape[-2:])} without cutting x_lr "

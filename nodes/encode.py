@@ -23,7 +23,20 @@ if TYPE_CHECKING:
 
 NODE = "LR Latent Encode"
 TILE_OVERLAP = 64  # pixels
+_TILE_UNIT = 64  # pixels: half a tile and a quarter of one are whole latents then, which the host does not look after
+_SMALLEST_TILE = 128
 _SMALLER_TILES = (512, 256, 128)  # tried in this order when memory runs out
+
+
+def tile_side(given: int, say: Callable[[str], None]) -> int:
+    """Bring the widget `tile_size` to what x_lr can be made in, 0 = in one piece; say so where it moved."""
+    side = given and max(_SMALLEST_TILE, round(given / _TILE_UNIT) * _TILE_UNIT)
+    if side != given:
+        say(
+            f"{NODE}: tile_size is {given}, but tiles have a multiple of {_TILE_UNIT} pixels, at least "
+            f"{_SMALLEST_TILE}, so {side} is used."
+        )
+    return side
 
 
 def encode(vae: VAE, image: Tensor, tile: int, say: Callable[[str], None]) -> Tensor:
@@ -32,7 +45,8 @@ def encode(vae: VAE, image: Tensor, tile: int, say: Callable[[str], None]) -> Te
     Args:
         vae: E or E'.
         image: (B, H, W, 3) in [0, 1].
-        tile: side in pixels; 0 = in one piece, which the host itself does in tiles of 512 where memory runs out.
+        tile: side in pixels, as of `tile_side`; 0 = in one piece, which the host itself does in tiles of 512 where
+            memory runs out.
         say: tells the user that tiles became smaller.
 
     Returns:
@@ -153,20 +167,17 @@ class ClearSRLREncode(io.ComfyNode):
         image, notices = pictures.usable_image(NODE, "image", image)
         for text in notices:
             notice(cls, text)
-        if 0 < tile_size < 2 * TILE_OVERLAP:
-            raise ValueError(
-                f"{NODE}: tile_size is {tile_size}; it must be 0 (off) or at least {2 * TILE_OVERLAP} pixels."
-            )
         content = pictures.target_size((image.shape[1], image.shape[2]), scale, width, height)
         enlarged = pictures.resize(image, content, resize)
         padded = pictures.pad_to_multiple(enlarged)
         say = functools.partial(notice, cls)
-        samples = encode(clearsr.lr_encoder, padded, tile_size, say)
+        tile = tile_side(tile_size, say)
+        samples = encode(clearsr.lr_encoder, padded, tile, say)
         plain_anchor = clearsr.config.anchor == "plain"
         entry: LREntry = {
             "encoded": samples,
             "image_prompt": image_prompt(clearsr, enlarged),
-            "anchor": encode(clearsr.vae, padded, tile_size, say) if plain_anchor else None,
+            "anchor": encode(clearsr.vae, padded, tile, say) if plain_anchor else None,
             "content_size": content,
             "padded_size": (padded.shape[1], padded.shape[2]),
         }

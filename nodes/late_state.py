@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from ..clearsr_core.lsa import phase_lengths
+from . import host_random
 from .compat import HostObject
 from .sockets import KEY
 
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Remembered:
-    """State of the sampler (in its own scale) and of the noise generator before the first late step."""
+    """State of the sampler (in its own scale) and of every generator before the first late step."""
 
     key: str
     model: weakref.ref  # identity; weak, so that a forgotten model can be freed
     patches: object  # the host's id of the model's weight patches at that time
     x: Tensor
     noise: Tensor  # (B, n): states of the generators
+    host_random: tuple[Tensor, ...]  # states of torch's global generators, as of `host_random.states`
 
 
 # In model_options: places where other nodes hook in.
@@ -74,7 +76,14 @@ class LateState:
     def remember(self, x: Tensor, noise: Tensor) -> None:
         """Keep a copy of the state; the one of the run before is dropped."""
         _last[:] = [
-            Remembered(self.key, weakref.ref(self.model), self.model.patches_uuid, x.detach().cpu().clone(), noise)
+            Remembered(
+                self.key,
+                weakref.ref(self.model),
+                self.model.patches_uuid,
+                x.detach().cpu().clone(),
+                noise,
+                host_random.states(x.device),
+            )
         ]
 
 

@@ -75,6 +75,11 @@ def patch_denoised(
     return clone
 
 
+def is_patched(model: ModelPatcher) -> bool:
+    """Return whether LSA Patch moves this model's estimates."""
+    return any(hasattr(hook, _MARK) for hook in model.model_options.get(_POST_CFG, []))
+
+
 def _post_cfg(
     lr_latent: Tensor, lsa: LSAConfig, ela_map: Tensor | None, lla_map: Tensor | None
 ) -> Callable[[dict[str, Any]], Tensor]:
@@ -85,8 +90,8 @@ def _post_cfg(
             return denoised  # called outside a run: there are no steps
         if denoised.shape[1:] != lr_latent.shape[1:] or lr_latent.shape[0] not in (1, denoised.shape[0]):
             raise ValueError(
-                f"{NODE}: lr_latent {tuple(lr_latent.shape)} does not fit the latent being sampled "
-                f"{tuple(denoised.shape)}. Both must have the same size and be made with the VAE of this model."
+                f"{NODE}: lr_latent {_described(lr_latent)} does not fit the latent being sampled "
+                f"{_described(denoised)}. Both must have the same size and be made with the VAE of this model."
             )
         # Samplers may call the model between two sigmas of the schedule: such a call belongs to the step it is in.
         sigma = float(values["sigma"].flatten()[0])
@@ -96,6 +101,11 @@ def _post_cfg(
         return adjust(denoised, reference, min(max(step, 0), steps - 1), steps, lsa, ela_map, lla_map)
 
     return post_cfg
+
+
+def _described(latent: Tensor) -> str:
+    sides = " x ".join(map(str, reversed(latent.shape[2:])))
+    return f"({sides} latent pixels, {latent.shape[1]} channels, batch of {latent.shape[0]})"
 
 
 class ClearSRLSAPatch(io.ComfyNode):
@@ -164,8 +174,8 @@ def check_channels(node: str, model: ModelPatcher, lr_latent: dict) -> Tensor:
 def strength_inputs() -> list[io.Input]:
     """Return the widgets that LSA Patch and LSA KSampler share."""
     return [
-        widget(io.Float, "alpha", default=0.01, min=0.0, max=1.0, step=0.005, round=0.0001, tooltip=ALPHA_TOOLTIP),
-        widget(io.Float, "beta", default=0.01, min=0.0, max=10.0, step=0.005, round=0.0001, tooltip=BETA_TOOLTIP),
+        widget(io.Float, "alpha", default=0.01, min=0.0, max=1.0, step=0.005, round=0.001, tooltip=ALPHA_TOOLTIP),
+        widget(io.Float, "beta", default=0.01, min=0.0, max=10.0, step=0.005, round=0.001, tooltip=BETA_TOOLTIP),
         widget(io.Float, "ela_end", default=0.3, min=0.0, max=1.0, step=0.01, tooltip=ELA_END_TOOLTIP),
         widget(io.Float, "lla_start", default=0.88, min=0.0, max=1.0, step=0.01, tooltip=LLA_START_TOOLTIP),
         widget(

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from ..clearsr_core.lsa import LSAConfig, adjust, per_step_strength, phase_lengths
 from ..clearsr_core.schedule import ve_to_vp, vp_to_ve
+from . import host_random
 from .compat import HostObject
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def _sampler_function(name: str, inner: SamplerFunction, run: LSARun) -> Sampler
             plan = [(start, stop) for start, stop in plan if start >= late_start]
             for generator, state in zip(generators, remembered.noise, strict=True):
                 generator.set_state(state.clone())  # torch refuses a part of another tensor
+            host_random.restore(remembered.host_random, x.device)
 
         with tqdm(total=steps, initial=plan[0][0], disable=bool(disable)) as bar:
             for start, stop in plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, cast
 
 import comfy.sample
@@ -14,11 +14,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..clearsr_core.lsa import LSAConfig
-from .compat import HostObject, inference_dtype, schema, widget
+from . import host_random
+from .compat import HostObject, inference_dtype, notice, schema, widget
+from .control_hooks import is_controlled
 from .finite import broken, sampling_error
 from .guidance import guide_between
 from .late_state import LateState, fingerprint, starts_late_alike
-from .lsa_patch import check_channels, lsa_config, patch_denoised, strength_inputs
+from .lsa_patch import check_channels, is_patched, lsa_config, patch_denoised, strength_inputs
 from .lsa_sampler import UNCUTTABLE, LSARun, LSASampler, Target, preserves_variance
 from .schedules import (
     DEFAULT_SCHEDULER,
@@ -55,11 +57,18 @@ def strength_map(mask: Tensor | None, latent: dict, name: str) -> Tensor | None:
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()  # (B, 1, H, W)
     if not bool(mask.isfinite().all()):
         raise ValueError(f"{NODE}: {name} contains values that are not numbers (NaN or infinite).")
-    rows, columns = latent["samples"].shape[-2:]
-    if mask.shape[0] not in (1, latent["samples"].shape[0]):
+    pictures = latent["samples"].shape[0]
+    if mask.shape[0] not in (1, pictures):
         raise ValueError(
-            f"{NODE}: {name} holds {mask.shape[0]} masks, but there are {latent['samples'].shape[0]} pictures."
+            f"{NODE}: {name} holds {mask.shape[0]} masks, but lr_latent {pictures} picture{'s' * (pictures > 1)}. "
+            "Connect one mask for all, or one for each picture."
         )
+    return torch.nn.functional.avg_pool2d(padded_mask(mask, latent), 8).clamp(0.0, 1.0)
+
+
+def padded_mask(mask: Tensor, latent: dict) -> Tensor:
+    """Lay a mask over the picture without its padding: (B, 1, H, W) of any size becomes (B, 1, 8 h, 8 w)."""
+    rows, columns = latent["samples"].shape[-2:]
     entry = latent.get(KEY)
     shares = (1.0, 1.0)
     if entry is not None:
@@ -68,8 +77,15 @@ def strength_map(mask: Tensor | None, latent: dict, name: str) -> Tensor | None:
     content = tuple(max(1, round(size * 8 * share)) for size, share in zip((rows, columns), shares, strict=True))
     mask = torch.nn.functional.interpolate(mask, content, mode="bilinear", align_corners=False)
     right, bottom = columns * 8 - content[1], rows * 8 - content[0]
-    mask = torch.nn.functional.pad(mask, (0, right, 0, bottom), mode="replicate")
-    return torch.nn.functional.avg_pool2d(mask, 8).clamp(0.0, 1.0)
+    return torch.nn.functional.pad(mask, (0, right, 0, bottom), mode="replicate")
+
+
+def noise_mask_of(latent: dict) -> Tensor | None:
+    """Return the host's mask of what may change, laid over the picture where that is padded; else as it is."""
+    mask, entry = latent.get("noise_mask"), latent.get(KEY)
+    if mask is None or entry is None or entry["content_size"] == entry["padded_size"]:
+        return mask
+    return padded_mask(mask.reshape(-1, 1, *mask.shape[-2:]).float(), latent)
 
 
 def empty_prompt(null_text: Tensor) -> list:
@@ -103,6 +119,36 @@ def _check_sampler(sampler_name: str, model: ModelPatcher, lsa: LSAConfig) -> No
             f"{NODE}: target 'step (paper)' is defined for diffusion models such as Stable Diffusion; this model is a "
             "flow model. Set target to 'x0 (denoised)' or use LSA Patch."
         )
+
+
+def _mistakes(
+    model: ModelPatcher, lr_latent: dict, lsa: LSAConfig, target: Target, maps: dict[str, tuple[float, Tensor | None]]
+) -> Iterator[str]:
+    """Yield a sentence for everything that will do nothing, or something else than it seems to."""
+    attachment = model.get_attachment(KEY)
+    if attachment is not None and not is_controlled(model):
+        yield (
+            f"{NODE}: DPM/SPM Control Apply is missing between ClearSR Loader and this node, or bypassed, so the model "
+            "does not see the low-resolution picture."
+        )
+    entry, controls = lr_latent.get(KEY), (attachment or {}).get("encoded")
+    if entry is not None and controls is not None and not _equal(entry["encoded"], controls):
+        yield (
+            f"{NODE}: lr_latent was encoded from another picture than the one that controls this MODEL, or otherwise. "
+            "Connect the same LR Latent Encode to DPM/SPM Control Apply and to this node."
+        )
+    for name, (strength, map_) in maps.items():
+        if strength and map_ is not None and not bool(map_.any()):
+            yield (
+                f"{NODE}: {name}_mask is black everywhere, so {name} does nothing. Paint white where it shall act, or "
+                "disconnect the mask."
+            )
+    if target == "x0" and (lsa.ela_strength or lsa.lla_strength) and is_patched(model):
+        yield f"{NODE}: with this target alpha and beta of this node replace those of LSA Patch."
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.shape == second.shape and torch.equal(first, second.to(first)))
 
 
 class ClearSRLSAKSampler(io.ComfyNode):
@@ -283,13 +329,15 @@ class ClearSRLSAKSampler(io.ComfyNode):
         negative = _conditioning(model, negative, "negative")
         ela_map = strength_map(alpha_mask, lr_latent, "alpha_mask")
         lla_map = strength_map(beta_mask, lr_latent, "beta_mask")
+        for text in _mistakes(model, lr_latent, lsa, moved, {"alpha": (alpha, ela_map), "beta": (beta, lla_map)}):
+            notice(cls, text)
         sigmas = schedule_sigmas(NODE, model, steps, sampler_name, scheduler, denoise)
 
         whole = denoise >= 1.0
         batch_index = lr_latent.get("batch_index")
         # The numbers of the host's prepare_noise, which seeds torch's global generator with them.
         noise = comfy.sample.prepare_noise_inner(x_lr, torch.Generator().manual_seed(seed), batch_index)
-        noise_mask = lr_latent.get("noise_mask")
+        noise_mask = noise_mask_of(lr_latent)
         # Everything that leads to the late phase; beta and its mask come after it.
         key = None
         if noise_mask is None and starts_late_alike(model, len(sigmas) - 1, lsa):
@@ -321,22 +369,25 @@ class ClearSRLSAKSampler(io.ComfyNode):
             start="host" if not whole else "lr" if start_from_lr else "noise",
             late_state=None if key is None else LateState(key, model),
         )
-        sampled = model if moved == "step" else patch_denoised(model, x_lr, lsa, ela_map, lla_map)
+        sampled = model
+        if moved == "x0" and (alpha or beta):
+            sampled = patch_denoised(model, x_lr, lsa, ela_map, lla_map)
         sampled = guide_between(sampled, sigmas, cfg_start, cfg_end)
-        samples = comfy.sample.sample_custom(
-            sampled,
-            noise,
-            cfg,
-            LSASampler(sampler_name, run),
-            sigmas,
-            positive,
-            negative,
-            x_lr,
-            noise_mask=noise_mask,
-            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
+        with host_random.seeded(seed, model.load_device):
+            samples = comfy.sample.sample_custom(
+                sampled,
+                noise,
+                cfg,
+                LSASampler(sampler_name, run),
+                sigmas,
+                positive,
+                negative,
+                x_lr,
+                noise_mask=noise_mask,
+                callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                seed=seed,
+            )
         if broken(samples):
             raise sampling_error(NODE, inference_dtype(model.model))
         return io.NodeOutput({**lr_latent, "samples": samples})

@@ -58,14 +58,14 @@ class Graph:
         return {name: number for number, name in enumerate((*self.nodes, *self.notes), start=1)}
 
 
-def _sliders(numbers: str) -> Note:
+def _sliders(start: str) -> Note:
     return Note(
         "Two sliders",
         f"""**alpha** pulls the first steps towards the low-resolution picture: more faithful, calmer.
 
 **beta** pushes the last steps away from it: crisper, more detail.
 
-Start with both at 0, then try {numbers}. Moving only beta repeats only the last steps.
+{start} Moving only beta repeats only the last steps.
 """,
         height=230,
     )
@@ -116,7 +116,9 @@ method on any machine; it is no match for a full-size model.
 """,
             height=260,
         ),
-        "sliders": _sliders("0.03 to 0.1"),
+        "sliders": _sliders(
+            "They stand at the paper's 0.01, where this small model hardly shows them: set one to 0.1 and compare."
+        ),
     },
     columns=(
         Column("1  Picture", ("about", "image")),
@@ -158,7 +160,7 @@ Without them, use the workflow *clearsr_x4*.
 """,
             height=360,
         ),
-        "sliders": _sliders("0.02 to 0.05"),
+        "sliders": _sliders("They stand at the paper's 0.01; for more fidelity the paper has alpha at 0.03."),
     },
     columns=(
         Column("1  Picture", ("about", "image")),

@@ -87,8 +87,16 @@ def test_other_shapes_are_refused(tiny) -> None:
     for image in (torch.rand(1, 16, 16, 5), torch.rand(16, 16, 3), torch.rand(0, 16, 16, 3)):
         with pytest.raises(ValueError, match=r"LR Latent Encode: image has"):
             encode(tiny, image)
-    with pytest.raises(ValueError, match="tile_size is 64"):
-        encode(tiny, rig.images(), tile_size=64)
+
+
+@pytest.mark.parametrize(("given", "used"), [(64, 128), (129, 128), (144, 128), (200, 192), (264, 256), (300, 320)])
+def test_a_tile_size_is_brought_to_the_grid_and_told(tiny, caplog, given, used) -> None:
+    """Beside it the host cuts the latents of neighbouring tiles apart by a pixel, or into none at all."""
+    image = rig.images(1, 96, 80)
+    latent, _ = encode(tiny, image, tile_size=given)
+    assert f"LR Latent Encode: tile_size is {given}" in caplog.text and f"so {used} is used" in caplog.text
+    expected, _ = encode(tiny, image, tile_size=used)
+    assert torch.equal(latent["samples"], expected["samples"])
 
 
 def test_target_size(tiny) -> None:
