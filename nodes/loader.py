@@ -253,7 +253,10 @@ class ClearSRLoader(io.ComfyNode):
         path = find_file(checkpoint)
         if path is None:
             raise FileNotFoundError(f"{NODE}: {cls.validate_inputs(checkpoint)}")
-        file = checkpoints.read(path)
+        try:
+            file = checkpoints.read(path)
+        except checkpoints.CheckpointError as error:
+            raise ValueError(f"{NODE}: {error}") from None
         config = file.config
         _check_base_sockets(file, checkpoint, model, vae)
         if model is None or vae is None:
