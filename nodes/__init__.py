@@ -6,10 +6,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .color import ClearSRColorFix
 from .control import ClearSRControlApply
+from .custom_sampling import ClearSREmptyPrompt, ClearSRSampler, ClearSRScheduler
 from .encode import ClearSRLREncode
 from .loader import ClearSRLoader, register_model_folder
 from .lsa_patch import ClearSRLSAPatch
-from .sampling import ClearSREmptyPrompt, ClearSRLSAKSampler, ClearSRSampler, ClearSRScheduler
+from .sampling import ClearSRLSAKSampler
 
 
 class ClearSRExtension(ComfyExtension):

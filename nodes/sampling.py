@@ -1,8 +1,8 @@
-"""LSA KSampler, and its parts for SamplerCustom: SIGMAS, SAMPLER, the empty prompt (paper Sec. 3.3, decision 0008)."""
+"""LSA KSampler: sampling with Latent Space Adjustment (paper Sec. 3.3, decision 0008)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import comfy.sample
@@ -16,81 +16,28 @@ from torch import Tensor
 from ..clearsr_core.lsa import LSAConfig
 from . import host_random
 from .compat import HostObject, inference_dtype, notice, schema, widget
-from .control_hooks import is_controlled
+from .custom_sampling import empty_prompt
 from .finite import broken, sampling_error
 from .guidance import guide_between
 from .late_state import LateState, fingerprint, starts_late_alike
-from .lsa_patch import check_channels, is_patched, lsa_config, patch_denoised, strength_inputs
+from .lsa_patch import check_channels, lsa_config, patch_denoised, strength_inputs
 from .lsa_sampler import UNCUTTABLE, LSARun, LSASampler, Target, preserves_variance
+from .masks import noise_mask_of, strength_map
+from .mistakes import mistakes
 from .schedules import (
     DEFAULT_SCHEDULER,
     SCHEDULER_TOOLTIP,
-    SPACINGS,
     schedule_sigmas,
     scheduler_names,
-    spaced_sigmas,
 )
-from .sockets import KEY, ClearSRSocket
+from .sockets import KEY
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from .sockets import ClearSRBundle
 
 NODE = "LSA KSampler"
 TARGETS: dict[str, Target] = {"step (paper)": "step", "x0 (denoised)": "x0"}
-
-
-def strength_map(mask: Tensor | None, latent: dict, name: str) -> Tensor | None:
-    """Bring a MASK to the latent's grid.
-
-    Args:
-        mask: (H, W) or (B, H, W) in [0, 1], painted on the picture without padding, at any size; None = none.
-        latent: LATENT x_lr; its entry tells which part of it is padding.
-        name: of the socket, for messages.
-
-    Returns:
-        (B, 1, h, w) in [0, 1]; the padding repeats the mask's last row and column.
-    """
-    if mask is None:
-        return None
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()  # (B, 1, H, W)
-    if not bool(mask.isfinite().all()):
-        raise ValueError(f"{NODE}: {name} contains values that are not numbers (NaN or infinite).")
-    pictures = latent["samples"].shape[0]
-    if mask.shape[0] not in (1, pictures):
-        raise ValueError(
-            f"{NODE}: {name} holds {mask.shape[0]} masks, but lr_latent {pictures} picture{'s' * (pictures > 1)}. "
-            "Connect one mask for all, or one for each picture."
-        )
-    return torch.nn.functional.avg_pool2d(padded_mask(mask, latent), 8).clamp(0.0, 1.0)
-
-
-def padded_mask(mask: Tensor, latent: dict) -> Tensor:
-    """Lay a mask over the picture without its padding: (B, 1, H, W) of any size becomes (B, 1, 8 h, 8 w)."""
-    rows, columns = latent["samples"].shape[-2:]
-    entry = latent.get(KEY)
-    shares = (1.0, 1.0)
-    if entry is not None:
-        pairs = zip(entry["content_size"], entry["padded_size"], strict=True)
-        shares = tuple(content / padded for content, padded in pairs)
-    content = tuple(max(1, round(size * 8 * share)) for size, share in zip((rows, columns), shares, strict=True))
-    mask = torch.nn.functional.interpolate(mask, content, mode="bilinear", align_corners=False)
-    right, bottom = columns * 8 - content[1], rows * 8 - content[0]
-    return torch.nn.functional.pad(mask, (0, right, 0, bottom), mode="replicate")
-
-
-def noise_mask_of(latent: dict) -> Tensor | None:
-    """Return the host's mask of what may change, laid over the picture where that is padded; else as it is."""
-    mask, entry = latent.get("noise_mask"), latent.get(KEY)
-    if mask is None or entry is None or entry["content_size"] == entry["padded_size"]:
-        return mask
-    return padded_mask(mask.reshape(-1, 1, *mask.shape[-2:]).float(), latent)
-
-
-def empty_prompt(null_text: Tensor) -> list:
-    """Return the CONDITIONING of the empty prompt, (1, tokens, width), that ClearSR files carry."""
-    return [[null_text[None], {}]]
 
 
 def _conditioning(model: ModelPatcher, given: list | None, socket: str) -> list:
@@ -119,36 +66,6 @@ def _check_sampler(sampler_name: str, model: ModelPatcher, lsa: LSAConfig) -> No
             f"{NODE}: target 'step (paper)' is defined for diffusion models such as Stable Diffusion; this model is a "
             "flow model. Set target to 'x0 (denoised)' or use LSA Patch."
         )
-
-
-def _mistakes(
-    model: ModelPatcher, lr_latent: dict, lsa: LSAConfig, target: Target, maps: dict[str, tuple[float, Tensor | None]]
-) -> Iterator[str]:
-    """Yield a sentence for everything that will do nothing, or something else than it seems to."""
-    attachment = model.get_attachment(KEY)
-    if attachment is not None and not is_controlled(model):
-        yield (
-            f"{NODE}: DPM/SPM Control Apply is missing between ClearSR Loader and this node, or bypassed, so the model "
-            "does not see the low-resolution picture."
-        )
-    entry, controls = lr_latent.get(KEY), (attachment or {}).get("encoded")
-    if entry is not None and controls is not None and not _equal(entry["encoded"], controls):
-        yield (
-            f"{NODE}: lr_latent was encoded from another picture than the one that controls this MODEL, or otherwise. "
-            "Connect the same LR Latent Encode to DPM/SPM Control Apply and to this node."
-        )
-    for name, (strength, map_) in maps.items():
-        if strength and map_ is not None and not bool(map_.any()):
-            yield (
-                f"{NODE}: {name}_mask is black everywhere, so {name} does nothing. Paint white where it shall act, or "
-                "disconnect the mask."
-            )
-    if target == "x0" and (lsa.ela_strength or lsa.lla_strength) and is_patched(model):
-        yield f"{NODE}: with this target alpha and beta of this node replace those of LSA Patch."
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    return first is second or (first.shape == second.shape and torch.equal(first, second.to(first)))
 
 
 class ClearSRLSAKSampler(io.ComfyNode):
@@ -327,9 +244,9 @@ class ClearSRLSAKSampler(io.ComfyNode):
             _check_sampler(sampler_name, model, lsa)
         positive = _conditioning(model, positive, "positive")
         negative = _conditioning(model, negative, "negative")
-        ela_map = strength_map(alpha_mask, lr_latent, "alpha_mask")
-        lla_map = strength_map(beta_mask, lr_latent, "beta_mask")
-        for text in _mistakes(model, lr_latent, lsa, moved, {"alpha": (alpha, ela_map), "beta": (beta, lla_map)}):
+        ela_map = strength_map(NODE, alpha_mask, lr_latent, "alpha_mask")
+        lla_map = strength_map(NODE, beta_mask, lr_latent, "beta_mask")
+        for text in mistakes(NODE, model, lr_latent, lsa, moved, {"alpha": (alpha, ela_map), "beta": (beta, lla_map)}):
             notice(cls, text)
         sigmas = schedule_sigmas(NODE, model, steps, sampler_name, scheduler, denoise)
 
@@ -391,90 +308,3 @@ class ClearSRLSAKSampler(io.ComfyNode):
         if broken(samples):
             raise sampling_error(NODE, inference_dtype(model.model))
         return io.NodeOutput({**lr_latent, "samples": samples})
-
-
-class ClearSRScheduler(io.ComfyNode):
-    """MODEL -> SIGMAS of spaced DDPM."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="ClearSRScheduler",
-            display_name="ClearSR Scheduler",
-            description=(
-                "The noise levels of spaced DDPM for SamplerCustom and SamplerCustomAdvanced, exact for any number of "
-                "steps."
-            ),
-            search_aliases=["clearsr", "sigmas", "spaced ddpm", "timestep respacing"],
-            inputs=[
-                widget(
-                    io.Model,
-                    "model",
-                    tooltip="Whose noise levels: SD 1.5, SD 2.1, SDXL or another with 1000 timesteps.",
-                ),
-                widget(io.Int, "steps", default=50, min=1, max=1000, tooltip="Sampling steps. The paper uses 50."),
-                widget(
-                    io.Combo, "spacing", options=list(SPACINGS), default=DEFAULT_SCHEDULER, tooltip=SCHEDULER_TOOLTIP
-                ),
-            ],
-            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="steps + 1 noise levels, the last one 0.")],
-        )
-
-    @classmethod
-    def execute(cls, model: ModelPatcher, steps: int = 50, spacing: str = DEFAULT_SCHEDULER) -> io.NodeOutput:
-        return io.NodeOutput(spaced_sigmas("ClearSR Scheduler", model, steps, spacing))
-
-
-class ClearSRSampler(io.ComfyNode):
-    """-> SAMPLER: the host's ddpm with the LR start and noise of its own."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="ClearSRSampler",
-            display_name="ClearSR Sampler",
-            description=(
-                "Spaced DDPM for SamplerCustom and SamplerCustomAdvanced. Give x_lr as the latent_image. With ClearSR "
-                "Scheduler it is LSA KSampler without the adjustment, but for files whose start is the plain encoder's "
-                "x_lr: give theirs from VAE Encode. Add LSA Patch for the adjustment."
-            ),
-            search_aliases=["clearsr", "ddpm", "sampler"],
-            inputs=[
-                widget(
-                    io.Boolean,
-                    "start_from_lr",
-                    default=True,
-                    tooltip="Start from the latent_image noised to the last training step, as SeeSR does, where the "
-                    "SIGMAS begin at the top and noise is added. Off, and elsewhere: noised to exactly the first noise "
-                    "level of the SIGMAS.",
-                ),
-            ],
-            outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
-        )
-
-    @classmethod
-    def execute(cls, start_from_lr: bool = True) -> io.NodeOutput:
-        off = LSAConfig(ela_strength=0.0, lla_strength=0.0)
-        return io.NodeOutput(LSASampler("ddpm", LSARun(off, start="lr_at_top" if start_from_lr else "host")))
-
-
-class ClearSREmptyPrompt(io.ComfyNode):
-    """CLEARSR -> CONDITIONING of the empty prompt."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="ClearSREmptyPrompt",
-            display_name="ClearSR Empty Prompt",
-            description=(
-                "The empty prompt that a ClearSR file carries, for stock samplers: no text encoder is needed. LSA "
-                "KSampler takes it by itself."
-            ),
-            search_aliases=["clearsr", "conditioning", "null text", "unconditional", "empty"],
-            inputs=[widget(ClearSRSocket, "clearsr", tooltip="From ClearSR Loader.")],
-            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="Positive and negative alike.")],
-        )
-
-    @classmethod
-    def execute(cls, clearsr: ClearSRBundle) -> io.NodeOutput:
-        return io.NodeOutput(empty_prompt(clearsr.null_text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import clearsr_rig as rig
 import comfy.k_diffusion.sampling
 import comfy.model_management
@@ -466,7 +468,7 @@ def test_masks(controlled, lr, mask_name, other, strengths, target) -> None:
 
 
 def test_mask_lies_on_the_picture_not_on_its_padding() -> None:
-    strength_map = rig.module("nodes.sampling").strength_map
+    strength_map = functools.partial(rig.module("nodes.masks").strength_map, "LSA KSampler")
     latent = {
         "samples": torch.zeros(1, 4, 8, 16),
         "clearsr": {"content_size": (64, 64), "padded_size": (64, 128)},
