@@ -108,7 +108,7 @@ class ControlEncoder(nn.Module):
 
 
 class DetailPreservingModule(ControlEncoder):
-    """DPM: a ControlNet whose transformers also attend, window by window, to x_lr (paper Sec. 3.1)."""
+    """DPM: a ControlNet whose transformers also attend, window by window, to x_lr (paper Sec. 3.2)."""
 
     def __init__(self, config: ControlConfig, factory: Factory) -> None:
         super().__init__(config, factory, transformers=True)

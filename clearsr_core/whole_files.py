@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,3 +26,21 @@ def replacing(path: Path) -> Generator[Path, None, None]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path, name: str, older_than: float = 0.0) -> list[Path]:
+    """Remove what `replacing` could not, as its process was killed; return what was removed.
+
+    Args:
+        folder: where the files were to be; nothing happens where it is not there.
+        name: of the files that were to be written, a pattern as of `Path.glob`.
+        older_than: seconds since anything was written to them. 0 is for who alone writes here: an unfinished file of
+            a process that lives is taken away from it too.
+    """
+    removed: list[Path] = []
+    for path in sorted(folder.glob(f".{name}.*.part")):
+        with contextlib.suppress(OSError):  # another process was faster, or has it open
+            if time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
+                removed.append(path)
+    return removed

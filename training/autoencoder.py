@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from clearsr_core.config import LATENT_SCALE
 
-from . import provenance, snapshot
+from . import provenance, run_folder, snapshot
 from .base_model import save_network
-from .batches import Ahead, DataSettings
-from .clearsr_model import ClearSRModel
+from .batches import Ahead, DataSettings, check_widths
+from .clearsr_model import ClearSRModel, require_file
 from .degradation import Preset
 from .discriminator import PatchDiscriminator, adversarial_losses
 from .linear_start import fit_ends, start_linear
+from .loop import check_counts
 from .models import build_autoencoder
 from .perceptual import EffLite
 from .photographs import Photographs
@@ -31,6 +32,8 @@ from .restored import RestoredCrops
 @dataclass(frozen=True)
 class AutoencoderSettings(DataSettings):
     """Settings of the autoencoder stage."""
+
+    stage = "autoencoder"
 
     widths: tuple[int, ...] = (32, 32, 64, 128)  # channels per level, finest first
     norm_groups: int = 8  # of every group norm; a group of one or two channels loses the colours
@@ -54,6 +57,14 @@ class AutoencoderSettings(DataSettings):
     adversarial_start: int = 0  # step from which the decoder hears it; it learns from the first one on
     discriminator_width: int = 32  # channels after its first convolution
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, norm_groups=1, blocks=1, discriminator_width=1, adversarial_start=0, restore_steps=1)
+        check_widths(self.widths, self.norm_groups)
+        for name in ("kl_weight", "perceptual_weight", "coarse_weight", "latent_noise", "adversarial_weight"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more.")
+
 
 class CropBatch(NamedTuple):
     """Everything random of one step."""
@@ -67,7 +78,11 @@ class CropBatch(NamedTuple):
 
 
 class Reconstruction(nn.Module):
-    """L1 + EffLite between crops and what the autoencoder makes of them, and a faint pull towards a unit Gaussian."""
+    """What the autoencoder makes of crops, held against them; w are the settings of these names.
+
+    L1 + w_perceptual EffLite + w_coarse L1 of 8x8 means + w_kl KL to a unit Gaussian, and with a discriminator
+    w_adversarial (its own loss + what the decoder hears of it).
+    """
 
     def __init__(
         self, settings: AutoencoderSettings, model: AutoencoderKL, discriminator: PatchDiscriminator | None
@@ -120,6 +135,7 @@ class AutoencoderStage:
                 "ClearSR file."
             )
         if settings.restored_by != Path():
+            require_file(settings.restored_by)
             if not settings.freeze_encoder:
                 raise ValueError("--restored_by needs --freeze_encoder=true: its latents are those of a fixed encoder.")
             if settings.crop % GRID or settings.restored_crops < 1:
@@ -236,11 +252,12 @@ class AutoencoderStage:
         Image.fromarray(pixels).save(folder / f"validation_{step:08d}.png")
         return {"psnr": float(-10 * torch.log10((restored - images).square().mean() / 4))}
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, made: dict[str, Any]) -> None:
         """Write `folder/vae` in diffusers' layout, with latents normalised as Stable Diffusion expects."""
         if not self.settings.freeze_encoder:
             normalise_latents(self.model, self.photographs, self.settings.crop)
         save_network(self.model, folder / "vae")
+        run_folder.note(folder, made)
 
 
 def normalise_latents(model: AutoencoderKL, photographs: Photographs, crop: int, count: int = 512) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from . import models, provenance
-from .base_model import BaseModel, load_autoencoder
-from .batches import Ahead, DataSettings
+from . import models, provenance, run_folder
+from .base_model import BaseModel, layout, load_autoencoder
+from .batches import Ahead, DataSettings, check_widths
 from .latents import Crops, weights_hash
+from .loop import check_counts
 from .randomness import generator_for
 
 
 @dataclass(frozen=True)
 class BaseSettings(DataSettings):
     """Settings of the base stage; `vae` is the folder that the autoencoder stage wrote, or a self-contained file."""
+
+    stage = "base"
 
     vae: Path = Path("runs/nano_autoencoder/vae")  # folder that the autoencoder stage wrote, or a self-contained file
     cache: Path = Path(
@@ -33,6 +36,17 @@ class BaseSettings(DataSettings):
     batch: int = 32
     crop: int = 128  # pixels
     crops: int = 12_000  # number of different crops, encoded once; 0 = a new one every time
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, crops=0, head_channels=1, context_dim=1, norm_groups=1)
+        check_widths(self.widths, self.norm_groups)
+        uneven = [width for width in self.widths if width % self.head_channels or width % self.widths[0]]
+        if uneven:
+            raise ValueError(
+                f"--widths={','.join(map(str, self.widths))} with --head_channels={self.head_channels}: {uneven[0]} is "
+                "no whole multiple of the first width and of --head_channels, as ComfyUI and the attention heads want."
+            )
 
 
 def noise_schedule() -> DDPMScheduler:
@@ -79,6 +93,7 @@ class BaseStage:
                 settings.widths, settings.head_channels, settings.context_dim, settings.norm_groups
             )
             null_text = torch.randn(1, settings.context_dim)
+        layout(self.unet, self.vae)  # an autoencoder that does not fit is refused before anything is trained on it
         self.module = NoisePrediction(self.unet, self.vae, null_text).to(settings.device)
         photographs = settings.photographs(settings.crop)
         self.crops = Crops(
@@ -108,6 +123,7 @@ class BaseStage:
 
     def start(self, rows: range) -> None:
         self.rows = rows
+        self.crops.encode()
         self.batches = Ahead(self.make, self.settings.steps, self.settings.workers)
 
     def batch(self, step: int) -> LatentBatch:
@@ -139,6 +155,7 @@ class BaseStage:
         Image.fromarray(pixels).save(folder / f"validation_{step:08d}.png")
         return {"latent_std": float(x_t.std())}
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, made: dict[str, Any]) -> None:
         """Write `folder` as a base model: `unet`, `vae`, `null_text.safetensors`."""
         BaseModel(self.unet, self.vae, self.module.null_text).save(folder)
+        run_folder.note(folder, made)

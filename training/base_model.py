@@ -180,6 +180,31 @@ def load_autoencoder(source: Path) -> AutoencoderKL:
         raise ValueError(f"--vae={source} cannot be read ({error}). {advice}") from error
 
 
+def layout(unet: UNet2DConditionModel, vae: AutoencoderKL) -> BaseConfig:
+    """Return the sizes of a base model's networks.
+
+    Raises:
+        ValueError: they do not go together, or no host could open them.
+    """
+    norm_groups = unet.config.norm_num_groups
+    if vae.config.norm_num_groups != norm_groups:
+        raise ValueError(
+            f"The autoencoder has {vae.config.norm_num_groups} norm groups, the UNet {norm_groups}: they must agree. "
+            f"Train the base model with --norm_groups={vae.config.norm_num_groups}."
+        )
+    widths = tuple(unet.config.block_out_channels)
+    # diffusers keeps the number of heads under this name.
+    heads = unet.config.attention_head_dim
+    return BaseConfig(
+        widths,
+        widths[0] // (heads if isinstance(heads, int) else heads[0]),
+        unet.config.cross_attention_dim,
+        tuple(vae.config.block_out_channels),
+        vae.config.layers_per_block,
+        norm_groups,
+    )
+
+
 def random_networks(widths: tuple[int, ...]) -> BaseConfig:
     """Return SD 2.1's networks with another UNet: as wide as `widths`, autoencoder in proportion, text 1024 wide."""
     if widths == SD21_NETWORKS.unet_widths:

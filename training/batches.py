@@ -10,10 +10,12 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 
-from .loop import LoopSettings
+from .loop import LoopSettings, check_counts
 from .photographs import Photographs
 
 SMALLEST_CROP = 32  # pixels; of smaller ones SSIM has no window, and the deepest level of the UNet no neighbours
+
+LEVELS = 4  # of Stable Diffusion's UNet and of its autoencoder, which is an eighth in size for it
 
 Batch = TypeVar("Batch")
 
@@ -33,14 +35,22 @@ class DataSettings(LoopSettings):
         super().__post_init__()
         if self.crop % 8 or self.crop < SMALLEST_CROP:
             raise ValueError(f"--crop={self.crop}: give a multiple of 8 from {SMALLEST_CROP} on.")
-        if self.candidates < 1:
-            raise ValueError(f"--candidates={self.candidates}: give 1 or more.")
-        if self.memory_gb < 0.0:
+        check_counts(self, candidates=1, workers=0)
+        if not self.memory_gb >= 0.0:
             raise ValueError(f"--memory_gb={self.memory_gb}: give 0 or more.")
 
     def photographs(self, smallest: int) -> Photographs:
         """Open the photographs whose sides have at least `smallest` pixels."""
         return Photographs(self.data, smallest, self.memory_gb, self.order, self.seed)
+
+
+def check_widths(widths: tuple[int, ...], norm_groups: int) -> None:
+    """Refuse channels that Stable Diffusion's networks, of four levels with group norms, cannot have."""
+    if len(widths) != LEVELS or any(width < 1 or width % norm_groups for width in widths):
+        raise ValueError(
+            f"--widths={','.join(map(str, widths))}: give {LEVELS} numbers, each a multiple of "
+            f"--norm_groups={norm_groups}."
+        )
 
 
 class Ahead(Generic[Batch]):
@@ -53,8 +63,6 @@ class Ahead(Generic[Batch]):
     """
 
     def __init__(self, make: Callable[[int], Batch], steps: int, workers: int) -> None:
-        if workers < 0:
-            raise ValueError(f"--workers={workers}: give 0 for none, or the number of threads.")
         self.make, self.steps, self.workers = make, steps, workers
         self._waiting: dict[int, Future[Batch]] = {}
         # Every step is work for one thread, so that torch's own threads would only get in each other's way.

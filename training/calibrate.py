@@ -8,7 +8,6 @@ pictures. Both are printed as shares of the steps: the widgets `ela_end` and `ll
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -22,14 +21,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import command_line, config, evaluate, loop, metrics, plots
-from .clearsr_model import ClearSRModel
+from . import command_line, config, evaluate, loop, metrics, plots, provenance
+from .clearsr_model import ClearSRModel, require_file
 from .config import first
 from .picture_files import read_pixels, to_bytes
 from .pipeline import bound_eps, encode_lr, noise_sources, sampling_schedule, start_state, to_pixels, trajectory
 from .tables import TITLES, Summary, summarise
 
 log = logging.getLogger("clearsr.training")
+
+_MAY_CHANGE = ("threads",)  # what changes no figure
 
 Curve = dict[int, Summary]  # step, counted from 1 -> mean over the pictures
 
@@ -134,16 +135,25 @@ def measure_picture(
     return values
 
 
-def measure_steps(settings: CalibrateSettings) -> tuple[dict[str, Curve], float]:
-    """Return the mean curves `niqe` and, where there are good pictures, `psnr`; and NIQE(HR), NaN if not known."""
+def find_pictures(settings: CalibrateSettings) -> list[tuple[Path, Path | None]]:
+    """Return (picture, its good partner or None) of all that are sampled; only headers are read.
+
+    Raises:
+        EvaluationError: no pictures, a partner that is missing, or a size that does not fit.
+    """
     if settings.hr != Path():
         found = evaluate.find_pairs(settings.hr, settings.lr, settings.limit)
         evaluate.check_sizes(found)
-        pairs = [(pair.lr, pair.hr) for pair in found]
-    else:
-        paths = first(list(evaluate.pictures(settings.lr, "--lr").values()), settings.limit)
-        _check_lr_sizes(paths)
-        pairs = [(path, None) for path in paths]
+        return [(pair.lr, pair.hr) for pair in found]
+    paths = first(list(evaluate.pictures(settings.lr, "--lr").values()), settings.limit)
+    _check_lr_sizes(paths)
+    return [(path, None) for path in paths]
+
+
+def measure_steps(
+    settings: CalibrateSettings, pairs: Sequence[tuple[Path, Path | None]]
+) -> tuple[dict[str, Curve], float]:
+    """Return the mean curves `niqe` and, where there are good pictures, `psnr`; and NIQE(HR), NaN if not known."""
     model = ClearSRModel.from_checkpoint(settings.checkpoint)
     values: dict[str, dict[int, list[float]]] = {"niqe": {}, "psnr": {}}
     good: list[float] = []
@@ -169,23 +179,41 @@ def _check_lr_sizes(paths: Sequence[Path]) -> None:
             )
 
 
-def write_results(settings: CalibrateSettings, curves: dict[str, Curve], niqe_hr: float, limits: PhaseLimits) -> None:
-    """Write calibration.json and calibration.png."""
+def described(settings: CalibrateSettings, pairs: Sequence[tuple[Path, Path | None]]) -> dict[str, object]:
+    """Return the settings with the model and the pictures that they name, as calibration.json says them."""
+    good = [hr for _, hr in pairs if hr is not None]
+    return {
+        **loop.plain(settings),
+        "niqe_hr": _number(settings.niqe_hr),
+        "checkpoint": provenance.file_record(settings.checkpoint),
+        "lr": provenance.pictures_record(lr for lr, _ in pairs),
+        "hr": provenance.pictures_record(good) if good else None,
+    }
 
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
 
+def _number(value: float) -> float | None:
+    """Return a value as JSON can hold it."""
+    return value if math.isfinite(value) else None
+
+
+def write_results(
+    settings: CalibrateSettings,
+    said: dict[str, object],
+    curves: dict[str, Curve],
+    niqe_hr: float,
+    limits: PhaseLimits,
+) -> None:
+    """Write calibration.json, with the settings as `described` says them, and calibration.png."""
     content = {
-        "settings": {key: value for key, value in loop.plain(settings).items() if key != "niqe_hr"},
-        "niqe_hr": number(niqe_hr),
+        "settings": said,
+        "niqe_hr": _number(niqe_hr),
         "ela_end": limits.ela_end,
         "lla_start": limits.lla_start,
         "notes": limits.notes,
-        "curves": {key: {step: number(cell.mean) for step, cell in curve.items()} for key, curve in curves.items()},
+        "curves": {key: {step: _number(cell.mean) for step, cell in curve.items()} for key, curve in curves.items()},
         "pictures": max(cell.count for cell in curves["niqe"].values()),
     }
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "calibration.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    provenance.write_json(settings.out / "calibration.json", content, indent=2)
 
     upright = []
     if limits.ela_end is not None:
@@ -216,16 +244,27 @@ def write_results(settings: CalibrateSettings, curves: dict[str, Curve], niqe_hr
 
 
 def run(settings: CalibrateSettings) -> PhaseLimits:
-    """Sample, measure, find the limits, write and tell them."""
+    """Sample, measure, find the limits, write and tell them.
+
+    Raises:
+        ValueError: settings or pictures that cannot be, or the result of other ones in `out`.
+        CheckpointError: the file is no self-contained ClearSR file; then `out` is as it was.
+    """
     if settings.every < 1 or settings.steps < 1:
         raise config.ConfigError("--every and --steps are 1 or more.")
     if settings.hr == Path() and math.isnan(settings.niqe_hr):
         raise config.ConfigError("LLA's start needs NIQE of good pictures: give --hr=FOLDER, or --niqe_hr=NUMBER.")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    curves, niqe_hr = measure_steps(settings)
+    pairs = find_pictures(settings)
+    require_file(settings.checkpoint)
+    said = described(settings, pairs)
+    made_with = {key: value for key, value in provenance.identity(said).items() if key not in _MAY_CHANGE}
+    provenance.refuse_other(settings.out, made_with)
+    curves, niqe_hr = measure_steps(settings, pairs)
     limits = phase_limits({step: cell.mean for step, cell in curves["niqe"].items()}, niqe_hr, settings.steps)
-    write_results(settings, curves, niqe_hr, limits)
+    provenance.claim(settings.out, made_with)  # not before: a run that was stopped has made nothing
+    write_results(settings, said, curves, niqe_hr, limits)
     for note in limits.notes:
         log.warning("%s", note)
     for name, value, otherwise in (("ela_end", limits.ela_end, 0.3), ("lla_start", limits.lla_start, 0.88)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from clearsr_core.config import ControlConfig
 
 from . import degradation, metrics, models, provenance
 from .base import noise_schedule
-from .base_model import BaseModel
+from .base_model import RANDOM, BaseModel, layout
 from .batches import Ahead, DataSettings
 from .checkpointing import Checkpointing, checkpoint_blocks
 from .clearsr_file import export, is_contained, latent_rgb
@@ -22,7 +22,7 @@ from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
 from .degradation import Preset
 from .latents import Crops, FixedPairs, base_hash, weights_hash
-from .loop import plain
+from .loop import check_counts
 from .pairs import DegradeOn, degrade_pairs
 from .picture_files import to_bytes, write_png
 from .pipeline import sample, upscale_lr
@@ -34,6 +34,8 @@ NIQE_SIDE = 192  # smallest picture that NIQE can judge: it compares blocks of 9
 @dataclass(frozen=True)
 class ClearSRSettings(DataSettings):
     """Settings of the ClearSR stage; names that the paper gives carry its values as defaults."""
+
+    stage = "clearsr"
 
     base: Path = Path("runs/nano_base")  # the frozen base model: a folder, a file, or `random` for a trial run
     base_widths: tuple[int, ...] = (320, 640, 1280, 1280)  # of the random base model
@@ -58,18 +60,19 @@ class ClearSRSettings(DataSettings):
     use_spm: bool = True  # off: no Structure Preserving Module (Tab. 2)
     window_attention: bool = True  # off: DPM without its extra cross-attention (Tab. 2)
     relative_bias: Literal["aligned", "none"] = "aligned"  # B of Eq. 2, or none (decision 0004)
-    query_windows: tuple[int, ...] = (
-        8,
-        4,
-        2,
-        1,
-    )  # N per level, finest first (decision 0003); empty: one global window (needs relative_bias none)
+    # S, the side of a window, per level, finest first (decision 0003); empty: one global one, with relative_bias none.
+    query_windows: tuple[int, ...] = (8, 4, 2, 1)
     fixed_timestep: int = 0  # for control_time fixed
     prompt_mode: Literal["pooled", "patch", "null"] = "pooled"  # p: one token, a grid of tokens, or the empty prompt
     anchor: Literal["lr_encoder", "plain"] = "lr_encoder"  # x_lr of start and LSA at inference: of E', or of E
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_counts(self, crops=0)
+        if self.freeze_encoders and not self.crops:
+            raise ValueError("--freeze_encoders=true encodes a fixed set of crops once: give --crops=NUMBER above 0.")
+        if self.best == "niqe" and self.crop < NIQE_SIDE:
+            raise ValueError(f"--best=niqe needs crops of {NIQE_SIDE} pixels or more, not --crop={self.crop}.")
         if self.rank < 1:
             raise ValueError(
                 f"--rank={self.rank}: give 1 or more. To train without LoRA: --vae_lora=false --unet_lora=false."
@@ -98,6 +101,14 @@ def control_config(settings: ClearSRSettings, base: BaseModel) -> ControlConfig:
         query_windows=settings.query_windows,
         fixed_timestep=settings.fixed_timestep,
     )
+
+
+def noted(made: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Return the notes of a run as its file holds them: their settings are a preset, without what decided nothing."""
+    settings = {"stage": ClearSRSettings.stage, **made["settings"]}
+    if base != RANDOM:
+        settings.pop("base_widths", None)
+    return {**made, "settings": settings}
 
 
 class PairBatch(NamedTuple):
@@ -178,10 +189,10 @@ class ClearSRStage:
     """Eq. 1 on pairs of crops and their Real-ESRGAN degradations."""
 
     def __init__(self, settings: ClearSRSettings) -> None:
-        if settings.best == "niqe" and settings.crop < NIQE_SIDE:
-            raise ValueError(f"--best=niqe needs crops of {NIQE_SIDE} pixels or more, not --crop={settings.crop}.")
         self.settings = settings
         base = BaseModel.load(settings.base, settings.base_widths, settings.seed)
+        layout(base.unet, base.vae)  # one that no file could hold is refused before anything is trained on it
+        control = control_config(settings, base)
         photographs = settings.photographs(settings.crop)
         base.vae.to(settings.device)
         self.crops = Crops(
@@ -195,7 +206,6 @@ class ClearSRStage:
             settings.usm,
             settings.candidates,
         )
-        control = control_config(settings, base)
         clip = None
         if settings.clip_vision != Path():
             patch = settings.prompt_mode == "patch"
@@ -225,6 +235,7 @@ class ClearSRStage:
     def start(self, rows: range) -> None:
         settings = self.settings
         self.rows = rows
+        self.crops.encode()
         self._silence_what_is_off()
         self.fixed_pairs = None
         if settings.freeze_encoders:
@@ -309,7 +320,7 @@ class ClearSRStage:
         figures["encoder_drift"] = float(encoder_drift(self.model, lr_images * 2.0 - 1.0, lr_latents))
         return figures
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, made: dict[str, Any]) -> None:
         """Write `folder/clearsr.safetensors`, the file that ComfyUI loads."""
         export(
             self.model,
@@ -318,7 +329,8 @@ class ClearSRStage:
             prompt_mode=self.settings.prompt_mode,
             anchor=self.settings.anchor,
             training={
-                "settings": plain(self.settings),
+                **noted(made, self.settings.base),
+                "data": self.settings.data.name,
                 "photographs": len(self.crops.photographs),
                 "megapixels": round(self.crops.photographs.megapixels),
                 "metrics": {"validation": self.validate(self.settings.steps, folder)},

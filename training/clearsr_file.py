@@ -12,32 +12,17 @@ from torch import Tensor
 
 from clearsr_core import checkpoint
 from clearsr_core.checkpoint import Checkpoint, CheckpointError
-from clearsr_core.config import SD21_NETWORKS, BaseConfig, ClearSRConfig
+from clearsr_core.config import SD21_NETWORKS, ClearSRConfig
 from clearsr_core.fingerprint import unet_fingerprint
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 from clearsr_core.whole_files import replacing
 
 from . import model_card, models
+from .base_model import layout
 from .clearsr_model import ClearSRModel
+from .code_version import code_version
 
 log = logging.getLogger("clearsr.training")
-
-
-def base_config(model: ClearSRModel) -> BaseConfig:
-    """Return the layout of the frozen base."""
-    control, vae = model.control.config, model.vae.config
-    if vae.norm_num_groups != control.norm_groups:
-        raise ValueError(
-            f"The autoencoder has {vae.norm_num_groups} norm groups, the UNet {control.norm_groups}: they must agree."
-        )
-    return BaseConfig(
-        control.widths,
-        control.head_channels,
-        control.context_dim,
-        tuple(vae.block_out_channels),
-        vae.layers_per_block,
-        control.norm_groups,
-    )
 
 
 def lora_tensors(module: torch.nn.Module, rank: int) -> dict[str, Tensor]:
@@ -50,7 +35,7 @@ def lora_tensors(module: torch.nn.Module, rank: int) -> dict[str, Tensor]:
 
 def is_contained(model: ClearSRModel) -> bool:
     """Return whether the base goes into the file: it is not of Stable Diffusion 2.1's size, which hosts have."""
-    return base_config(model) != SD21_NETWORKS
+    return layout(model.unet, model.vae) != SD21_NETWORKS
 
 
 def latent_rgb(latents: Tensor, images: Tensor) -> tuple[tuple[float, ...], ...]:
@@ -96,7 +81,7 @@ def export(
     Raises:
         CheckpointError: what would be in the file is not sound; a file that was there before is as it was.
     """
-    networks = base_config(model)
+    networks = layout(model.unet, model.vae)
     contained = is_contained(model)
     config = ClearSRConfig(
         control=model.control.config,
@@ -132,6 +117,7 @@ def export(
         for part, table in tensors.items()
     }
     made = {"hardware": model_card.hardware(model.null_text.device) if hardware is None else hardware}
+    made |= {"code": code_version()}
     notes = json.loads(json.dumps({**training, **made, "versions": model_card.versions()}))
     stored = Checkpoint(config, notes, plain)
     with replacing(path) as unverified:

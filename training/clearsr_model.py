@@ -23,7 +23,7 @@ log = logging.getLogger("clearsr.training")
 
 
 class ClearSRModel(nn.Module):
-    """Everything of one training step: the frozen base, and the four things that move."""
+    """Everything of one training step: the frozen base, and what moves: DPM, SPM, both LoRAs, an encoder of p."""
 
     anchor = "lr_encoder"  # x_lr of start and LSA: of E', or of the plain E
 

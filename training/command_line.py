@@ -47,8 +47,14 @@ def command(stopped: str = "Stopped.") -> Callable[[Main], Main]:
             except KeyboardInterrupt:
                 log.warning("%s", stopped)
                 return STOPPED
-            except (ValueError, OSError, FloatingPointError) as error:
+            except (ValueError, FloatingPointError) as error:
                 log.error("%s", error)
+                return 1
+            except OSError as error:
+                # Some of ours have a sentence of their own; the system's have a file and two words.
+                advice = "Look at the path, its permissions and the free space there."
+                said = f"{error.filename}: {error.strerror}. {advice}" if error.filename else error
+                log.error("%s", said)
                 return 1
 
         return guarded
@@ -96,7 +102,13 @@ def preset(arguments: list[str], about: str | None, default: str = "") -> tuple[
         raise config.ConfigError(
             f"Please give --preset=NAME: {', '.join(config.presets())}; or the path of a .toml file."
         )
-    return config.read_preset(name), others
+    table = config.read_preset(name)
+    if "stage" not in table:
+        raise config.ConfigError(
+            f"Preset {config.preset_path(name)} says no stage. Its first lines, before any [table], need "
+            'stage = "autoencoder", "base" or "clearsr", or extends = "PRESET".'
+        )
+    return table, others
 
 
 def presets_text() -> str:

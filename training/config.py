@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 import tomllib
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
+_KINDS = {int: "a whole number", float: "a number", Path: "a path"}  # in messages
 
 Settings = TypeVar("Settings")
 _Item = TypeVar("_Item")
@@ -28,33 +30,62 @@ def presets() -> list[str]:
 def read_preset(name: str) -> dict[str, Any]:
     """Return the table of a preset: a name in `training/presets`, or the path of a TOML file.
 
-    With `extends = "OTHER"` the table is that of the preset OTHER, and the file's own settings win over it.
+    With `extends = "OTHER"` the table is that of the preset OTHER, and the file's own settings win over it. A path
+    there is seen from the folder of the file that names it.
 
     Raises:
         ConfigError: there is no such preset, it is no TOML, or it extends itself.
     """
     table: dict[str, Any] = {}
-    names: list[str] = []
-    parent: object = name
-    while parent is not None:
-        if parent in names:
-            raise ConfigError(f"Preset {name!r} extends itself: {' -> '.join([*names, str(parent)])}.")
-        names.append(str(parent))
-        own = _read_toml(str(parent))
+    seen: list[Path] = []
+    path = preset_path(name)
+    while path.resolve() not in seen:
+        seen.append(path.resolve())
+        own = _read_toml(path)
         parent = own.pop("extends", None)
         table = {**own, **table}
-    return table
+        if parent is None:
+            return table
+        path = preset_path(str(parent), path.parent)
+    raise ConfigError(f"Preset {name!r} extends itself: {' -> '.join(each.stem for each in (*seen, path))}.")
 
 
-def _read_toml(name: str) -> dict[str, Any]:
-    path = Path(name) if name.endswith(".toml") else PRESET_FOLDER / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(presets())
-        raise ConfigError(f"No preset {name!r}. Presets here: {known}; or give the path of a .toml file.")
+def preset_path(name: str, beside: Path = Path()) -> Path:
+    """Return the file of a preset: of a name in `training/presets`, or a path that ends in .toml, seen from `beside`.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = beside / name if name.endswith(".toml") else PRESET_FOLDER / f"{name}.toml"
+    if path.is_file():
+        return path
+    known = ", ".join(presets())
+    if name.endswith(".toml"):
+        raise ConfigError(f"There is no preset {path}. Give the path of a .toml file, or one of: {known}.")
+    nearest = difflib.get_close_matches(name, presets(), n=1)
+    suggestion = f"Did you mean {nearest[0]}? " if nearest else ""
+    raise ConfigError(f"No preset {name!r}. {suggestion}Presets here: {known}; or give the path of a .toml file.")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"Preset {path} is not valid TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Preset {path} is not valid TOML: {error}.") from error
+
+
+def to_toml(table: Mapping[str, object]) -> str:
+    """Return settings as the lines of a preset; paths and tuples are spelled as `build` takes them back."""
+    return "".join(f"{key} = {_spelled(value)}\n" for key, value in table.items())
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_spelled(item) for item in cast('Sequence[object]', value))}]"
+    # A basic string of TOML is a string of JSON.
+    return json.dumps(str(value), ensure_ascii=False) if isinstance(value, str | Path) else str(value)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -92,11 +123,11 @@ def _convert(key: str, value: object, kind: Any) -> object:  # noqa: ANN401 - a 
         item_kind = kind.__args__[0]
         return tuple(_convert(key, item, item_kind) for item in items)
     if kind in (int, float) and (isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1)):
-        raise ConfigError(f"--{key} takes {kind.__name__}, not {value!r}.")
+        raise ConfigError(f"--{key} takes {_KINDS.get(kind, kind.__name__)}, not {value!r}.")
     try:
         return kind(cast("Any", value))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--{key} takes {kind.__name__}, not {value!r}.") from error
+        raise ConfigError(f"--{key} takes {_KINDS.get(kind, kind.__name__)}, not {value!r}.") from error
 
 
 def build(kind: type[Settings], *tables: dict[str, Any]) -> Settings:

@@ -8,7 +8,6 @@ Pictures belong together when their names agree: X.png, X_HR.png, X_LR4.png, X_S
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ def pictures(folder: Path, option: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Say the first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -101,7 +102,7 @@ def find_pairs(hr: Path, lr: Path, limit: int = 0) -> list[Pair]:
     ):
         if missing:
             raise EvaluationError(
-                f"{folder} has no picture for {_listed(missing)}. Partners are X_HR.png and X_LR4.png, or equal names."
+                f"{folder} has no picture for {listed(missing)}. Partners are X_HR.png and X_LR4.png, or equal names."
             )
     return [Pair(name, good[name], small[name]) for name in names]
 
@@ -138,15 +139,25 @@ def check_sizes(pairs: Sequence[Pair]) -> None:
         EvaluationError: of the first pair that does not fit, by the names of its files; or one that cannot be read.
     """
     for pair in pairs:
-        large, small = picture_size(pair.hr), picture_size(pair.lr)
-        if large != (small[0] * SCALE, small[1] * SCALE):
-            raise EvaluationError(
-                f"{pair.hr.name} is {_size(large)} and {pair.lr.name} {_size(small)}; expected {SCALE} to 1."
-            )
+        large = check_scale(pair.hr, pair.lr)
         if not enough_for_niqe(*large):
             raise EvaluationError(
-                f"{pair.hr.name} is {_size(large)}; NIQE needs {metrics.NIQE_BLOCK} x {2 * metrics.NIQE_BLOCK}."
+                f"{pair.hr.name} is {size_text(large)}; NIQE needs {metrics.NIQE_BLOCK} x {2 * metrics.NIQE_BLOCK}."
             )
+
+
+def check_scale(hr: Path, lr: Path) -> tuple[int, int]:
+    """Refuse a good picture that is not four times the size of its partner; return its (height, width).
+
+    Raises:
+        EvaluationError: it is not, by the names of both files; or one cannot be read.
+    """
+    large, small = picture_size(hr), picture_size(lr)
+    if large != (small[0] * SCALE, small[1] * SCALE):
+        raise EvaluationError(
+            f"{hr.name} is {size_text(large)} and {lr.name} {size_text(small)}; expected {SCALE} to 1."
+        )
+    return large
 
 
 def _made_by_baseline(pair: Pair, folder: Path, upscale: Upscaler) -> np.ndarray:
@@ -159,23 +170,37 @@ def _made_by_baseline(pair: Pair, folder: Path, upscale: Upscaler) -> np.ndarray
     return image
 
 
+def finished_pictures(methods: Sequence[str], pairs: Sequence[Pair]) -> dict[str, dict[str, Path]]:
+    """Return method -> name of a pair -> file, of those methods that are folders; missing pictures are named."""
+    found: dict[str, dict[str, Path]] = {}
+    for method in methods:
+        name, is_folder, folder = method.partition("=")
+        if is_folder:
+            files = pictures(Path(folder), f"--methods={name}")
+            missing = [pair.name for pair in pairs if pair.name not in files]
+            if missing:
+                raise EvaluationError(f"{folder} has no picture for {listed(missing)}. Let {name} make them first.")
+            found[name] = {pair.name: files[pair.name] for pair in pairs}
+    return found
+
+
 def output_readers(settings: EvaluationSettings, pairs: list[Pair]) -> dict[str, Callable[[Pair], np.ndarray]]:
     """Return for each method the function that gives its picture of a pair; names and sizes in folders are checked."""
     readers: dict[str, Callable[[Pair], np.ndarray]] = {}
+    finished = finished_pictures(settings.methods, pairs)
     for method in settings.methods:
-        name, is_folder, folder = method.partition("=")
+        name, is_folder, _ = method.partition("=")
         if not re.fullmatch(r"[\w.-]+", name) or name == REFERENCE or name in readers:
             raise EvaluationError(f"--methods: {name!r} is used twice, reserved, or not a plain word.")
         if is_folder:
-            finished = pictures(Path(folder), f"--methods={name}")
-            missing = [pair.name for pair in pairs if pair.name not in finished]
-            if missing:
-                raise EvaluationError(f"{folder} has no picture for {_listed(missing)}. Let {name} make them first.")
+            files = finished[name]
             for pair in pairs:
-                size, wanted = picture_size(finished[pair.name]), picture_size(pair.hr)
+                size, wanted = picture_size(files[pair.name]), picture_size(pair.hr)
                 if size != wanted:
-                    raise EvaluationError(f"{name}'s {pair.name} is {_size(size)}, the HR picture {_size(wanted)}.")
-            readers[name] = lambda pair, finished=finished: read_picture(finished[pair.name])
+                    raise EvaluationError(
+                        f"{name}'s {pair.name} is {size_text(size)}, the HR picture {size_text(wanted)}."
+                    )
+            readers[name] = lambda pair, files=files: read_picture(files[pair.name])
             continue
         upscale = upscaler(name, settings.threads)
         if upscale is None:
@@ -186,7 +211,7 @@ def output_readers(settings: EvaluationSettings, pairs: list[Pair]) -> dict[str,
     return readers
 
 
-def _size(size: tuple[int, ...]) -> str:
+def size_text(size: tuple[int, ...]) -> str:
     """Say (height, width, ...) as people do, width first."""
     return f"{size[1]} x {size[0]}"
 
@@ -233,21 +258,31 @@ def evaluate(settings: EvaluationSettings) -> Results:
                 progress.set_postfix_str(f"{method} {pair.name}")
                 image = read(pair)
                 if image.shape != reference.shape:
-                    raise EvaluationError(
-                        f"{method}'s {pair.name} is {_size(image.shape)}, the HR picture {_size(reference.shape)}."
-                    )
+                    size, wanted = size_text(image.shape), size_text(reference.shape)
+                    raise EvaluationError(f"{method}'s {pair.name} is {size}, the HR picture {wanted}.")
                 keep(method, pair, measure(image, reference, settings.efflite, learned))
                 progress.update()
     return results
 
 
 def described(settings: EvaluationSettings) -> dict[str, object]:
-    """Return what decides the figures: the settings, and a hash of the names and sizes of the pairs' files."""
-    digest = hashlib.sha256()
-    for pair in find_pairs(settings.hr, settings.lr, settings.limit):
-        for path in (pair.hr, pair.lr):
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-    return {**loop.plain(settings), "pairs": digest.hexdigest()}
+    """Return what decides the figures: the settings, and which pictures they are of; no place on this machine."""
+    pairs = find_pairs(settings.hr, settings.lr, settings.limit)
+    finished = finished_pictures(settings.methods, pairs)
+    return {
+        **loop.plain(settings),
+        **pairs_record(pairs),
+        "methods": [method.partition("=")[0] for method in settings.methods],
+        "finished": {name: provenance.pictures_record(files.values()) for name, files in finished.items()},
+    }
+
+
+def pairs_record(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
+    """Return `provenance.pictures_record` of the good pictures, `hr`, and of the small ones, `lr`."""
+    return {
+        "hr": provenance.pictures_record(pair.hr for pair in pairs),
+        "lr": provenance.pictures_record(pair.lr for pair in pairs),
+    }
 
 
 def run(settings: EvaluationSettings) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from . import command_line, models, run_folder, snapshot
 from .base_model import BaseModel
-from .clearsr import ClearSRSettings, control_config
+from .clearsr import ClearSRSettings, control_config, noted
 from .clearsr_file import export, latent_rgb
 from .clearsr_model import ClearSRModel
 from .clip_vision import ClipImagePrompt
@@ -53,6 +53,10 @@ def export_run(settings: ExportSettings) -> None:
     if settings.out.suffix != ".safetensors":
         raise ValueError(f"--out={settings.out}: ComfyUI lists files that end in .safetensors.")
     path = settings.snapshot if settings.snapshot != Path() else snapshot.latest(settings.run)
+    if path is not None and path.resolve().parent != settings.run.resolve():
+        raise ValueError(
+            f"--snapshot={path} is none of --run={settings.run}, whose log goes into the card. Give both of one run."
+        )
     if path is None:
         raise snapshot.SnapshotError(f"--run={settings.run} holds no snapshot (state_*.safetensors).")
     state = snapshot.read(path)
@@ -89,11 +93,7 @@ def export_run(settings: ExportSettings) -> None:
                 raise ValueError(f"{path} does not fit --base={settings.base} ({name}); give the base of that run.")
             parameter.copy_(value)
 
-    notes: dict[str, Any] = {
-        "settings": state.settings,
-        "step": state.step,
-        "metrics": _figures(settings.run, state.step),
-    }
+    notes = {**noted(state.notes, settings.base), "metrics": _figures(settings.run, state.step)}
     notes["weights"] = "averaged" if "ema" in kinds else "of the last step"
     preview = None
     if settings.data != Path():

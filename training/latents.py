@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import time
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clearsr_core.whole_files import replacing
+from clearsr_core.whole_files import remove_unfinished, replacing
 
 from . import models, provenance
 from .base_model import BaseModel
@@ -28,6 +29,7 @@ log = logging.getLogger("clearsr.training")
 
 BATCH = 16
 KEEP_EVERY = 60.0  # seconds between two writes of what is encoded so far
+_FORGOTTEN = 3600.0  # seconds without a byte, after which the writer of a file is taken for killed
 _IDENTITY = "identity"
 
 
@@ -49,27 +51,30 @@ def base_hash(base: BaseModel) -> str:
 def encoded_once(
     cache: Path, identity: str, count: int, encode: Callable[[Tensor], dict[str, Tensor]], what: str
 ) -> dict[str, Tensor]:
-    """Return what `encode` gives for the numbers 0 .. count-1, from `cache` if that file is of the same identity.
+    """Return what `encode` gives for the numbers 0 .. count-1, from `cache` as far as that is of the same identity.
 
-    What is encoded so far is kept beside it now and then, and at Ctrl-C: the next call goes on from there.
+    A file that holds more is enough, and one that holds fewer is gone on with: runs that take the same crops in
+    different numbers share it. What is encoded so far is kept beside it now and then, and at Ctrl-C: the next call
+    goes on from there.
 
     Args:
         cache: the file.
-        identity: of everything that decides the result.
+        identity: of everything that decides the result of a number.
         count: how many there are, 1 or more.
         encode: gives the tensors of at most `BATCH` numbers, rows in their order; they follow from the numbers alone.
         what: for the bar.
     """
-    kept = _read(cache, identity)
-    if kept is not None:
-        return kept
     begun = cache.with_name(f"{cache.name}.begun")
-    before = _read(begun, identity)
-    batches = [] if before is None else [before]
-    first = len(next(iter(before.values()))) if before is not None else 0
-    steps = range(first, count, BATCH)
+    kept = max((_read(path, identity, count) for path in (cache, begun)), key=_rows)
+    if _rows(kept) == count:
+        return kept
+    remove_unfinished(cache.parent, f"{glob.escape(cache.name)}*", older_than=_FORGOTTEN)
+    first = _rows(kept) // BATCH * BATCH  # whole batches: what comes is then bit for bit what it is from nothing
+    batches = [{name: value[:first] for name, value in kept.items()}] if first else []
     written = time.monotonic()
-    bar = tqdm(steps, what, -(-count // BATCH), initial=first // BATCH, unit="batch", mininterval=5)
+    bar = tqdm(
+        range(first, count, BATCH), what, -(-count // BATCH), initial=first // BATCH, unit="batch", mininterval=5
+    )
     with torch.no_grad():
         for start in bar:
             try:
@@ -95,11 +100,15 @@ def _write(path: Path, identity: str, batches: list[dict[str, Tensor]]) -> dict[
     return tensors
 
 
-def _read(path: Path, identity: str) -> dict[str, Tensor] | None:
-    """Return the tensors of a file of this identity, or None."""
+def _read(path: Path, identity: str, count: int) -> dict[str, Tensor]:
+    """Return the first `count` rows of a file of this identity, or as many as it has; nothing of another's."""
     if not path.is_file() or _identity_of(path) != identity:
-        return None
-    return {name: value for name, value in load_file(path).items() if name != _IDENTITY}
+        return {}
+    return {name: value[:count] for name, value in load_file(path).items() if name != _IDENTITY}
+
+
+def _rows(tensors: dict[str, Tensor]) -> int:
+    return min((len(value) for value in tensors.values()), default=0)
 
 
 def _identity_of(cache: Path) -> str:
@@ -109,7 +118,7 @@ def _identity_of(cache: Path) -> str:
 
 
 class Crops:
-    """Numbered crops of a photograph folder: pixels on demand; the latents of a fixed set of them from a cache.
+    """Numbered crops of a photograph folder: pixels on demand; of a fixed set of them the latents too, once encoded.
 
     Numbers from 0 on are for training. Those below 0 are crops like them that are in no set and in no step.
 
@@ -119,7 +128,7 @@ class Crops:
         size: side of a crop in pixels, a multiple of 8.
         count: how many crops there are, encoded once; 0 = without end, each used once and encoded then.
         seed: decides which.
-        cache: file to keep the latents in; made anew when it belongs to another set or another autoencoder.
+        cache: file to keep the latents in; made anew when it belongs to other crops or another autoencoder.
         usm: sharpen every crop before anything is made of it.
         candidates: crops drawn for each one used; the most detailed is taken.
     """
@@ -138,15 +147,19 @@ class Crops:
     ) -> None:
         self.photographs, self.size, self.count, self.seed = photographs, size, count, seed
         self.usm, self.candidates = usm, candidates
-        self._vae, self._device = vae, device
+        self._vae, self._device, self._cache = vae, device, cache
         options = {"usm": usm, "candidates": candidates}
-        self.identity = provenance.digest([photographs.identity, size, count, seed, options])
-
+        # Not of their number: crop 7 is the same of ten and of a thousand.
+        self.identity = provenance.digest([photographs.identity, size, seed, options])
         self._latents: Tensor | None = None
-        if count:
-            identity = weights_hash(vae.encoder, vae.quant_conv) + self.identity
-            encoded = encoded_once(cache, identity, count, lambda i: {"latents": self.latents(i)}, "encoding crops")
-            self._latents = encoded["latents"]
+
+    def encode(self) -> None:
+        """Encode a fixed set, or take it from the cache; nothing where there is no end of crops."""
+        if self.count:
+            identity = weights_hash(self._vae.encoder, self._vae.quant_conv) + self.identity
+            self._latents = encoded_once(
+                self._cache, identity, self.count, lambda i: {"latents": self.latents(i)}, "encoding crops"
+            )["latents"]
 
     def latents(self, indices: Tensor) -> Tensor:
         """Return x_0 of crops, (B, 4, size / 8, size / 8) in model units on the CPU."""
@@ -184,7 +197,7 @@ class FixedPairs:
     """Low-resolution partners of fixed crops, degraded and encoded once; right as long as the encoders stand still.
 
     Args:
-        crops: the crops, a fixed set.
+        crops: the crops, a fixed set, 1 or more.
         degraded: turns crop numbers into their degraded partners, (B, 3, size, size) in [0, 1].
         model: holds E' and the image encoder.
         degradation: name of the preset that `degraded` uses.
@@ -207,8 +220,6 @@ class FixedPairs:
             lr_images = degraded(indices).to(device)
             return {"latents": model.lr_encoder(lr_images * 2.0 - 1.0), "prompts": model.image_prompt(lr_images)}
 
-        if not crops.count:
-            raise ValueError("--freeze_encoders=true encodes a fixed set of crops once: give --crops=NUMBER above 0.")
         identity = "-".join(
             [
                 "by number",  # which degradation a crop gets

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from . import optimizer as optimizers
 from . import parallel, run_folder, snapshot
 from .base_model import load_autoencoder
 from .clearsr_model import weights_in
+from .latents import weights_hash
 
 log = logging.getLogger("clearsr.training")
 
@@ -35,18 +36,21 @@ FREE = {
     *("accumulation", "checkpointing", "compile", "degrade_on"),
 }
 
-# The least value of settings that count something; 0 is off where it is allowed.
-_LEAST = {
-    **dict.fromkeys(("batch", "accumulation", "snapshot_every", "keep"), 1),
-    **dict.fromkeys(("steps", "warmup", "validate_every", "threads"), 0),
-}
-
 Batch = TypeVar("Batch", bound=tuple, covariant=True)
+
+
+def check_counts(settings: object, **least: int) -> None:
+    """Refuse settings that count something and are below the least they can be."""
+    for name, number in least.items():
+        if getattr(settings, name) < number:
+            raise ValueError(f"--{name}={getattr(settings, name)}: give {number} or more.")
 
 
 @dataclass(frozen=True)
 class LoopSettings:
     """What the loop itself needs to know, whatever it trains."""
+
+    stage = ""  # its name in presets; no setting
 
     steps: int  # of the optimiser, from the first on; a stopped run goes on to the same number
     learning_rate: float  # at its highest
@@ -72,9 +76,8 @@ class LoopSettings:
     device: str = "cpu"  # cpu, or cuda: the GPU of this process
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name}={getattr(self, name)}: give {least} or more.")
+        check_counts(self, batch=1, accumulation=1, snapshot_every=1, keep=1)
+        check_counts(self, steps=0, warmup=0, validate_every=0, threads=0)
         if not (self.clip > 0.0 and self.learning_rate > 0.0):
             name = "clip" if self.learning_rate > 0.0 else "learning_rate"
             raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0.")
@@ -120,8 +123,11 @@ class Stage(Protocol[Batch]):
         """Write pictures to `folder` and return figures for the log."""
         ...
 
-    def finish(self, folder: Path) -> None:
-        """Write what the next stage takes from `folder`; runs after the last step, with averaged weights."""
+    def finish(self, folder: Path, made: dict[str, Any]) -> None:
+        """Write what the next stage takes from `folder`; runs after the last step, with averaged weights.
+
+        `made` says what it comes from, for whoever finds it: `snapshot.TrainingState.notes`.
+        """
         ...
 
 
@@ -140,8 +146,24 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def refuse_other(settings: LoopSettings, identity: dict[str, object]) -> None:
+    """Refuse to go on with a run of other settings, or beyond its end: at once, before anything is prepared.
+
+    More steps and other hardware are not other settings.
+    """
+    path = snapshot.latest(settings.out)
+    if path is not None:
+        begun = snapshot.read_notes(path)
+        _check_same_run(begun.settings, identity, settings.out)
+        if begun.step > settings.steps:
+            raise snapshot.SnapshotError(
+                f"{settings.out} holds a run that has done {begun.step} steps, and --steps={settings.steps} asks for "
+                f"fewer. Give --steps={begun.step} or more, or another --out; training.export makes a file of each of "
+                "its snapshots."
+            )
+
+
 def _check_same_run(stored: dict[str, object], current: dict[str, object], folder: Path) -> None:
-    """Refuse to continue a snapshot of other settings; more steps and other hardware are not other settings."""
     differing = sorted(
         key for key in stored.keys() | current.keys() if key not in FREE and stored.get(key) != current.get(key)
     )
@@ -183,26 +205,29 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
     with run_folder.only_writer(out) if main else nullcontext():
         # Weights: of the newest snapshot, else of `init`, else as the stage made them.
         given = stage.given
-        state = _newest(out, identity, given)
+        state = _newest(settings, identity, given)
         step = state.step if state is not None else 0
+        begun_from = state.begun_from if state is not None else {}
         if state is not None:
             _take(state, "model", stage.trainable())
             _take(state, "held", _held(stage))
         elif settings.init != Path():
-            _start_from(settings.init, stage.weights())
+            begun_from = _start_from(settings.init, stage.weights())
         if state is not None and settings.init != Path():
             log.info(
                 "--init=%s is where a run begins; %s has begun and goes on from its own weights.", settings.init, out
             )
         for name, parameter in stage.weights().items():
             parameter.requires_grad_(name in stage.trainable())
-        with accelerator.local_main_process_first():
+        optimizer = optimizers.build(settings.optimizer, stage.trainable().values(), settings.learning_rate)
+        if main:
+            run_folder.write_settings(out, settings.stage, settings)
+        with accelerator.local_main_process_first():  # the others find what the first one encoded
             stage.start(rows)
 
         # What the processes share: after `prepare` a parameter may be a part of itself.
         if settings.compile:
             stage.module.compile()
-        optimizer = optimizers.build(settings.optimizer, stage.trainable().values(), settings.learning_rate)
         module, optimizer = accelerator.prepare(stage.module, optimizer)
         parameters = stage.trainable()
         held = _held(stage)
@@ -218,7 +243,7 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
             tensors |= {f"held.{name}": parallel.whole(value) for name, value in held.items()}
             tensors |= {f"ema.{name}": parallel.whole(value) for name, value in averaged.items()}
             tensors |= snapshot.optimizer_tensors(optimizer, names, parallel.whole)
-            state = snapshot.TrainingState(step, tensors, identity, given)
+            state = snapshot.TrainingState(step, tensors, identity, given, begun_from)
             return snapshot.write(out, state, settings.keep) if main else out
 
         def validate() -> dict[str, float]:
@@ -274,7 +299,11 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
 
                 # Log, look, save.
                 figures = {"loss": mean_loss, "norm": float(norm), **dict(zip(own, means, strict=True))}
-                stats.step(step, (step - first) / (time.monotonic() - began), figures)
+                pace = {
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "steps_per_second": (step - first) / (time.monotonic() - began),
+                }
+                stats.step(step, {**pace, **figures})
                 bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
                 bar.update()
                 better = False
@@ -300,20 +329,20 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
             return False
         if main and not parallel.is_sharded(accelerator):
             with torch.no_grad(), _swapped(parameters, averaged):
-                stage.finish(out)
+                stage.finish(out, snapshot.TrainingState(step, {}, identity, given, begun_from).notes)
         accelerator.wait_for_everyone()
         return True
 
 
 def finish_from_snapshot(stage: Stage, settings: LoopSettings, identity: dict[str, object]) -> None:
     """Write the result of a finished run from its newest snapshot, in one process: it is made of whole weights."""
-    state = _newest(settings.out, identity, stage.given)
+    state = _newest(settings, identity, stage.given)
     if state is None:
         raise snapshot.SnapshotError(f"{settings.out} holds no snapshot to make a result of.")
     _take(state, "ema" if settings.ema else "model", stage.trainable())
     _take(state, "held", _held(stage))
     with torch.no_grad():
-        stage.finish(settings.out)
+        stage.finish(settings.out, state.notes)
 
 
 def _gradients(
@@ -358,8 +387,12 @@ def _swapped(parameters: dict[str, nn.Parameter], averaged: dict[str, Tensor]) -
             parameters[name].data.copy_(value)
 
 
-def _start_from(source: Path, weights: dict[str, nn.Parameter]) -> None:
-    """Take the weights of a file, of an autoencoder's folder, or of another run, averaged ones if it has them."""
+def _start_from(source: Path, weights: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Take the weights of a file, of an autoencoder's folder, or of another run, averaged ones if it has them.
+
+    Returns:
+        Name of the source, and a digest of the weights that were taken.
+    """
     if source.is_file():
         found = weights_in(source)
     elif (source / "config.json").is_file():
@@ -377,17 +410,26 @@ def _start_from(source: Path, weights: dict[str, nn.Parameter]) -> None:
         for name, parameter in weights.items():
             stored = found.get(name)
             if stored is None or stored.shape != parameter.shape:
-                raise snapshot.SnapshotError(f"--init={source} holds another model: {name} does not fit.")
+                there = "missing there" if stored is None else f"{'x'.join(map(str, stored.shape))} there"
+                raise snapshot.SnapshotError(
+                    f"--init={source} holds another model: {name} is {there}, "
+                    f"{'x'.join(map(str, parameter.shape))} here. Give the settings that it was trained with (rank, "
+                    "widths, parts), or another --init."
+                )
             parameter.copy_(stored)
+    return {"name": source.resolve().name, "weights": weights_hash(*weights.values())}
 
 
-def _newest(out: Path, identity: dict[str, object], given: dict[str, str]) -> snapshot.TrainingState | None:
-    """Return the newest snapshot of `out`, which must be of the same run, or None."""
+def _newest(
+    settings: LoopSettings, identity: dict[str, object], given: dict[str, str]
+) -> snapshot.TrainingState | None:
+    """Return the newest snapshot of the run's folder, which must be of the same run, or None."""
+    refuse_other(settings, identity)
+    out = settings.out
     path = snapshot.latest(out)
     if path is None:
         return None
     state = snapshot.read(path)
-    _check_same_run(state.settings, identity, out)
     others = sorted(name for name in state.given.keys() | given.keys() if state.given.get(name) != given.get(name))
     if others:
         raise snapshot.SnapshotError(

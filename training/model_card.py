@@ -16,6 +16,8 @@ from clearsr_core.checkpoint import Checkpoint
 from clearsr_core.config import ClearSRConfig, ControlConfig
 from clearsr_core.whole_files import replacing
 
+from .config import to_toml
+
 log = logging.getLogger("clearsr.training")
 
 _PARTS = {
@@ -194,7 +196,8 @@ def _training(training: dict[str, Any]) -> str:
     rows = []
     if "photographs" in training:
         size = f" ({training['megapixels']} megapixels)" if "megapixels" in training else ""
-        rows.append(("Photographs", f"{training['photographs']}{size}"))
+        source = f", of `{training['data']}`" if "data" in training else ""
+        rows.append(("Photographs", f"{training['photographs']}{size}{source}"))
     steps = training.get("step", settings.get("steps"))
     if steps is not None:
         rows.append(("Steps", f"{steps:,}"))
@@ -202,23 +205,20 @@ def _training(training: dict[str, Any]) -> str:
             rows.append(("Pairs drawn", f"{steps * settings['batch']:,} of {settings.get('crop', '?')} pixels"))
     averaged = "averaged" if settings.get("ema") else "of the last step"
     rows.append(("Weights", training.get("weights", averaged if settings else "not recorded")))
+    begun = training.get("begun_from")
+    if begun:
+        rows.append(("Begun from", f"{begun['name']}, SHA-256 of its weights {begun['weights'][:12]}..."))
+    rows += [(what.capitalize(), f"SHA-256 {digest[:12]}...") for what, digest in training.get("given", {}).items()]
     rows.append(("Hardware", training.get("hardware") or "not recorded"))
+    if "code" in training:
+        rows.append(("Code", f"version {training['code']}"))
     made_with = training.get("versions", {})
     rows.append(("Versions", ", ".join(f"{key} {value}" for key, value in made_with.items()) or "not recorded"))
     text = _table(("", ""), rows)
     if settings:
-        listed = "\n".join(f"{key} = {_value(value)}" for key, value in sorted(settings.items()))
-        text += f"\nSettings of the last stage:\n\n```toml\n{listed}\n```\n"
+        listed = to_toml(dict(sorted(settings.items())))
+        text += f"\nSettings of the last stage, a preset but for its paths:\n\n```toml\n{listed}```\n"
     return text + "\nWhere the photographs come from and under which licences: **to be filled in**.\n"
-
-
-def _value(value: object) -> str:
-    """Spell a setting as TOML does."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(map(_value, value))}]"
-    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _figures(metrics: dict[str, Any]) -> str:

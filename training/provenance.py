@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,26 @@ def sha256(path: Path) -> str:
 def digest(content: object) -> str:
     """Return the SHA-256 of what JSON can hold, in hexadecimal."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def file_record(path: Path) -> dict[str, str]:
+    """Return what a result says about a file that it is of: name and SHA-256, not the place on this machine."""
+    return {"file": path.name, "sha256": sha256(path)}
+
+
+def pictures_record(paths: Iterable[Path]) -> dict[str, Any]:
+    """Return what a result says about its pictures: names of their folder and files, one SHA-256 of all the files.
+
+    Args:
+        paths: one or more files of one folder, in the order in which they are used.
+    """
+    paths = list(paths)
+    contents = digest([[path.name, sha256(path)] for path in paths])
+    return {"folder": paths[0].parent.resolve().name, "files": [path.name for path in paths], "sha256": contents}
+
+
+def identity(settings: Any) -> Any:  # noqa: ANN401 - a tree of what JSON holds
+    """Return settings with the SHA-256 alone in the place of each record: a renamed folder holds the same pictures."""
+    if not isinstance(settings, dict):
+        return settings
+    return settings.get("sha256") or {key: identity(value) for key, value in settings.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -10,12 +12,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from clearsr_core.whole_files import replacing
+from clearsr_core.whole_files import remove_unfinished, replacing
 
+from . import config, model_card, provenance
+from .code_version import code_version
 from .snapshot import SnapshotError
+
+log = logging.getLogger("clearsr.training")
 
 _LOCK = "run.lock"
 STATS = "stats.jsonl"
+SETTINGS = "settings.toml"
+NOTES = "made.json"
 
 
 def _take(handle: IO[str]) -> None:
@@ -45,7 +53,34 @@ def only_writer(folder: Path) -> Iterator[None]:
             raise SnapshotError(
                 f"Another run is writing to {folder}. Wait for it, stop it, or give another --out."
             ) from error
+        for path in remove_unfinished(folder, "*"):
+            log.info("Removed %s, which a process that was killed had left.", path)
         yield
+
+
+def write_settings(folder: Path, stage: str, settings: object) -> None:
+    """Write a run's settings as a preset that begins it again, and in its comments what else decides it.
+
+    Args:
+        folder: of the run.
+        stage: name of its stage, as presets have it.
+        settings: a dataclass; paths are as they were given.
+    """
+    table = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    versions = ", ".join(f"{name} {version}" for name, version in model_card.versions().items())
+    lines = [
+        f"# python -m training.train --preset={folder / SETTINGS}",
+        f"# Begun or gone on with by version {code_version()}; {versions}.",
+    ]
+    preset = config.to_toml({"stage": stage, **{key: value for key, value in table.items() if value != Path()}})
+    with replacing(folder / SETTINGS) as unfinished:
+        unfinished.write_text("\n".join([*lines, preset]), encoding="utf-8")
+
+
+def note(folder: Path, made: dict[str, Any]) -> None:
+    """Write beside a result what it comes from: `snapshot.TrainingState.notes`, and the code and packages of now."""
+    versions = {"code": code_version(), "versions": model_card.versions()}
+    provenance.write_json(folder / NOTES, {**made, **versions}, indent=2)
 
 
 class Log:
@@ -68,10 +103,10 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
-        """Write the figures of one step; those that are not finite are left out."""
-        finite = {name: round(value, 6) for name, value in figures.items() if math.isfinite(value)}
-        self._write({"step": step, "rate": round(rate, 4), **finite}, {"rate": rate, **finite}, step)
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Write the figures of one step, six digits of each; those that are not finite are left out."""
+        finite = {name: float(f"{value:.6g}") for name, value in figures.items() if math.isfinite(value)}
+        self._write({"step": step, **finite}, finite, step)
 
     def validation(self, step: int, figures: dict[str, float]) -> None:
         """Write what a validation found."""

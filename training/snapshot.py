@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,6 +20,7 @@ from clearsr_core.whole_files import replacing
 
 FORMAT = 1
 _NAME = "state_{step:08d}.safetensors"
+_TABLES = ("settings", "given", "begun_from")  # of a state, in the file's metadata
 
 
 class SnapshotError(ValueError):
@@ -32,6 +35,12 @@ class TrainingState:
     tensors: dict[str, Tensor]
     settings: dict[str, object]
     given: dict[str, str] = field(default_factory=dict)  # pictures and models that the run stands on -> digests
+    begun_from: dict[str, str] = field(default_factory=dict)  # name and digest of the first weights; empty = random
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Return what a finished file says about the run that it comes from."""
+        return {"step": self.step, **{name: getattr(self, name) for name in _TABLES if getattr(self, name)}}
 
 
 def write(folder: Path, state: TrainingState, keep: int = 2) -> Path:
@@ -42,7 +51,7 @@ def write(folder: Path, state: TrainingState, keep: int = 2) -> Path:
     """
     target = folder / _NAME.format(step=state.step)
     metadata = {"format": str(FORMAT), "step": str(state.step)}
-    metadata |= {name: json.dumps(getattr(state, name), sort_keys=True) for name in ("settings", "given")}
+    metadata |= {name: json.dumps(getattr(state, name), sort_keys=True) for name in _TABLES}
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         with replacing(target) as unfinished:
@@ -79,21 +88,34 @@ def latest(folder: Path) -> Path | None:
 
 def read(path: Path) -> TrainingState:
     """Read a snapshot written by `write`."""
+    with _opened(path) as (file, state):
+        state.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return state
+
+
+def read_notes(path: Path) -> TrainingState:
+    """Read all of a snapshot but its tensors, which takes no time."""
+    with _opened(path) as (_, state):
+        return state
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, TrainingState]]:
+    """Open a snapshot; its state has no tensors yet."""
     try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
             if int(metadata.get("format", 0)) != FORMAT:
                 raise SnapshotError(
                     f"{path} has snapshot format {metadata.get('format')}; this version reads {FORMAT}. Go on with the "
                     "version that wrote it, or give another --out."
                 )
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            tables = {name: json.loads(metadata.get(name, "{}")) for name in _TABLES}
+            yield file, TrainingState(int(metadata["step"]), {}, **tables)
     except SnapshotError:
         raise
     except Exception as error:
         raise SnapshotError(f"{path} cannot be read: {error}. Delete it to continue from the one before.") from error
-    settings, given = (json.loads(metadata.get(name, "{}")) for name in ("settings", "given"))
-    return TrainingState(int(metadata["step"]), tensors, settings, given)
 
 
 def optimizer_tensors(

@@ -9,7 +9,6 @@ on after a stop, and a finer grid costs only what is new.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import math
 import sys
@@ -170,6 +169,13 @@ def restore_grid(settings: SweepSettings) -> None:
                     progress.update()
 
 
+def described(settings: SweepSettings) -> dict[str, object]:
+    """Return the settings with the model and the pictures that they name, for sweep.json and evaluation.json."""
+    pairs = evaluate.find_pairs(settings.hr, settings.lr, settings.limit)
+    checkpoint = provenance.file_record(settings.checkpoint)
+    return {**loop.plain(settings), "checkpoint": checkpoint, **evaluate.pairs_record(pairs)}
+
+
 def measure_grid(settings: SweepSettings) -> dict[str, dict[str, Summary]]:
     """Measure the finished pictures, write the tables of `training.evaluate`: setting or HR -> measure -> mean."""
     names = [setting_name(alpha, beta) for alpha in settings.alphas for beta in settings.betas]
@@ -177,7 +183,7 @@ def measure_grid(settings: SweepSettings) -> dict[str, dict[str, Summary]]:
     results = evaluate.evaluate(
         EvaluationSettings(settings.hr, settings.lr, settings.out, methods, settings.limit, settings.efflite)
     )
-    tables.write_tables(settings.out, loop.plain(settings), results)
+    tables.write_tables(settings.out, described(settings), results)
     return tables.summaries(results)
 
 
@@ -196,8 +202,7 @@ def write_sweep(settings: SweepSettings, table: dict[str, dict[str, Summary]]) -
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    content = {"settings": loop.plain(settings), "grid": rows}
-    (settings.out / "sweep.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    provenance.write_json(settings.out / "sweep.json", {"settings": described(settings), "grid": rows}, indent=2)
 
     # The other strength rests at 0 where the grid has it, as in Fig. 7; otherwise at its smallest.
     alphas, betas = sorted(settings.alphas), sorted(settings.betas)

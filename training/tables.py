@@ -10,6 +10,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import provenance
+
 # Every measure that there is, in the order of the columns.
 TITLES = {
     "psnr": "PSNR (dB)",
@@ -190,7 +192,9 @@ def _csv(results: Results) -> str:
     return text.getvalue()
 
 
-def _plain(table: dict[str, dict[str, Summary]]) -> dict[str, dict[str, dict[str, float | int | None]]]:
+def as_json(table: dict[str, dict[str, Summary]]) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Return `summaries` as JSON can hold them: values that are not finite become null."""
+
     def number(value: float) -> float | None:
         return value if math.isfinite(value) else None  # JSON has no NaN
 
@@ -224,9 +228,9 @@ def write_tables(
     content: dict[str, object] = {
         "settings": settings,
         "pictures": picture_names(results),
-        "methods": _plain(summaries(results)),
+        "methods": as_json(summaries(results)),
         "against": against,
-        "differences": _plain(differences(results, against)) if against is not None else {},
+        "differences": as_json(differences(results, against)) if against is not None else {},
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.md").write_text(text, encoding="utf-8")
@@ -250,6 +254,7 @@ def refuse_other(out: Path, settings: dict[str, object], free: tuple[str, ...]) 
         keys = before.keys() | settings.keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"--out={out} holds an {WRITTEN} that cannot be read. {advice}") from error
-    changed = sorted(key for key in keys if key not in free and before.get(key) != settings.get(key))
+    then, now = provenance.identity(before), provenance.identity(settings)
+    changed = sorted(key for key in keys if key not in free and then.get(key) != now.get(key))
     if changed:
         raise EvaluationError(f"--out={out} holds the evaluation of another {', '.join(changed)}. {advice}")

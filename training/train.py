@@ -32,8 +32,9 @@ def train(stage_kind: Callable[..., loop.Stage], settings: loop.LoopSettings) ->
         if settings.threads:  # before anything is encoded
             torch.set_num_threads(settings.threads)
         _check_paths(settings)
-        with accelerator.local_main_process_first():  # the others find what the first one encoded
-            stage = stage_kind(here)
+        parallel.rows_of(accelerator, settings.batch, settings.accumulation)
+        loop.refuse_other(settings, identity)
+        stage = stage_kind(here)
         finished = loop.run_with(accelerator, stage, here, identity)
         sharded, main = parallel.is_sharded(accelerator), accelerator.is_main_process
     if finished and sharded and main:
@@ -52,7 +53,7 @@ def _check_paths(settings: loop.LoopSettings) -> None:
         raise ValueError(f"--out={settings.out} cannot be a folder of a run ({error.strerror}).") from error
 
 
-@command_line.command("Stopped before the first step; the same command goes on with what was being prepared.")
+@command_line.command(command_line.GOES_ON)  # before the first step, or while the result is written
 def main(arguments: list[str]) -> int:
     """Run one stage, or with `--dry-run` say what it would be; return the exit status."""
     if DRY_RUN in arguments:

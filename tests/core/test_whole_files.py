@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clearsr_core.whole_files import replacing
+from clearsr_core.whole_files import remove_unfinished, replacing
 
 
 def test_a_file_appears_at_the_end(tmp_path: Path) -> None:
@@ -52,3 +52,14 @@ def test_weights_can_be_read_by_everybody(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.safetensors") as unfinished:
         save_file({"a": torch.zeros(1)}, unfinished)
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
+
+
+def test_what_a_killed_process_left_can_be_removed(tmp_path: Path) -> None:
+    ours, young, other = (tmp_path / f".{name}.7.part" for name in ("a.txt", "a.txt.begun", "b.txt"))
+    for path in (ours, young, other):
+        path.write_text("half", encoding="utf-8")
+    os.utime(ours, (0, 0))
+    assert remove_unfinished(tmp_path, "a.txt*", older_than=60.0) == [ours]
+    assert remove_unfinished(tmp_path, "a.txt*") == [young]
+    assert list(tmp_path.iterdir()) == [other]
+    assert remove_unfinished(tmp_path / "nowhere", "*") == []

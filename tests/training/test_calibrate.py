@@ -19,6 +19,7 @@ from training.calibrate import phase_limits, watched_steps
 from training.clearsr_model import ClearSRModel
 from training.picture_files import to_bytes
 from training.pipeline import restore
+from training.provenance import sha256
 
 
 @given(st.integers(3, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1), st.integers(2, n))))
@@ -106,9 +107,44 @@ def test_the_command_writes_the_curve(chain: Path, tmp_path: Path, caplog: pytes
     assert written["pictures"] == 1
     assert "ela_end" in caplog.text
     assert Image.open(tmp_path / "out" / "calibration.png").size > (300, 200)
-    assert calibrate.main([*command, "--niqe_hr=4.5", "--every=3"]) == 0
-    written = json.loads((tmp_path / "out" / "calibration.json").read_text(encoding="utf-8"))
+    other = [*command, f"--out={tmp_path}/other", "--niqe_hr=4.5", "--every=3"]
+    assert calibrate.main(other) == 0
+    written = json.loads((tmp_path / "other" / "calibration.json").read_text(encoding="utf-8"))
     assert (set(written["curves"]), list(written["curves"]["niqe"]), written["niqe_hr"]) == ({"niqe"}, ["1", "3"], 4.5)
+
+
+def test_the_file_says_what_it_is_of_and_gives_way_to_no_other(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (96, 192, 3), dtype=np.uint8)
+    for name, size in {"hr": (192, 96), "lr": (48, 24)}.items():
+        (tmp_path / name).mkdir()
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(tmp_path / name / "a.png")
+    file = chain / "nano" / "clearsr.safetensors"
+    command = [f"--checkpoint={file}", f"--lr={tmp_path}/lr", f"--out={tmp_path}/out", "--steps=1"]
+    measured = [*command, f"--hr={tmp_path}/hr"]
+    assert calibrate.main([*measured, "--threads=1"]) == 0
+    assert calibrate.main(measured) == 0  # the same again
+    text = (tmp_path / "out" / "calibration.json").read_text(encoding="utf-8")
+    settings = json.loads(text)["settings"]
+    assert settings["checkpoint"] == {"file": "clearsr.safetensors", "sha256": sha256(file)}
+    assert (settings["lr"]["folder"], settings["lr"]["files"]) == ("lr", ["a.png"])
+    assert settings["hr"]["sha256"] != settings["lr"]["sha256"]
+    assert settings["niqe_hr"] is None
+    assert str(tmp_path) not in text
+
+    (tmp_path / "other.safetensors").write_bytes(file.read_bytes() + b" ")
+    for more, named in (
+        ([f"--checkpoint={tmp_path}/other.safetensors"], "another checkpoint:"),
+        (["--steps=2"], "another steps:"),
+        (["--niqe_hr=4.5"], "another niqe_hr:"),
+    ):
+        assert calibrate.main([*measured, *more]) == 1
+        assert named in caplog.messages[-1]
+    assert (tmp_path / "out" / "calibration.json").read_text(encoding="utf-8") == text
+    Image.new("RGB", (48, 24), "red").save(tmp_path / "lr" / "a.png")
+    assert calibrate.main(measured) == 1
+    assert "another lr:" in caplog.messages[-1]
 
 
 def test_sizes_are_checked_before_the_model_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

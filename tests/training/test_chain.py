@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 from pathlib import Path
 
@@ -130,6 +131,105 @@ def _continued(chain: Path, out: Path, *settings: str) -> list[str]:
     file = chain / "nano" / "clearsr.safetensors"
     command = [f"--data={chain}/photographs", "--threads=1", "--crop=64", "--batch=2", "--validate_every=0"]
     return [*command, f"--init={file}", f"--out={out}", *settings]
+
+
+def test_a_refused_command_leaves_the_encoded_crops_of_the_run(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the presets' numbers they are minutes of work, and the default cache is every run's."""
+    cache, out = tmp_path / "latents.safetensors", tmp_path / "run"
+    command = ["--preset=nano", f"--data={chain}/photographs", f"--base={chain}/base", f"--cache={cache}", "--crops=4"]
+    command += ["--steps=1", "--threads=1", "--crop=64", "--batch=2", "--validate_every=0", f"--out={out}"]
+    assert train.main(command) == 0
+    before = cache.read_bytes()
+    refused = [
+        ("--seed=1", "seed: 0 there, 1 now"),
+        ("--batch=3", "batch: 2 there, 3 now"),
+        ("--accumulation=3", "cannot be shared out evenly"),
+        ("--steps=0", "asks for fewer"),
+    ]
+    for setting, said in refused:
+        caplog.clear()
+        assert train.main([*command, setting]) == 1
+        assert said in caplog.text
+        assert "encoding" not in caplog.text
+    elsewhere = [*command, "--seed=1", f"--out={tmp_path}/other"]
+    refused = [
+        ("--query_windows=8,4", "2 query_windows for 4 widths"),
+        ("--fixed_timestep=5000", "fixed_timestep 5000"),
+        (f"--init={chain}/base/vae", "holds another model"),
+        ("--optimizer=adamw8bit", "bitsandbytes"),
+    ]
+    for setting, said in refused:
+        caplog.clear()
+        assert train.main([*elsewhere, setting]) == 1
+        assert said in caplog.text
+    assert cache.read_bytes() == before
+
+
+def test_runs_with_other_numbers_of_crops_share_them(chain: Path, tmp_path: Path) -> None:
+    """Base, ClearSR and frozen stage take the same ones, in different numbers, from one cache."""
+    photographs, vae = Photographs(chain / "photographs", 64), BaseModel.load(chain / "base").vae
+    cache = tmp_path / "c.safetensors"
+    few, many, again = (Crops(photographs, vae, 64, count, 3, cache, "cpu") for count in (16, 20, 16))
+    few.encode()
+    many.encode()
+    written = cache.stat().st_mtime_ns
+    again.encode()
+    numbers = torch.arange(16)
+    assert torch.equal(few.latents(numbers), many.latents(numbers))
+    assert torch.equal(few.latents(numbers), again.latents(numbers))
+    assert cache.stat().st_mtime_ns == written
+
+
+def test_a_base_that_no_file_could_hold_is_not_trained_on(
+    chain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was told after the last step of the last stage."""
+    command = ["--preset=nano_base", f"--data={chain}/photographs", f"--vae={chain}/autoencoder/vae", "--steps=1"]
+    command += ["--crop=64", "--crops=2", f"--cache={tmp_path}/c.safetensors", f"--out={tmp_path}/run"]
+    assert train.main([*command, "--norm_groups=16"]) == 1
+    assert "they must agree. Train the base model with --norm_groups=8." in caplog.text
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_the_settings_in_a_run_folder_begin_the_run_again(chain: Path, tmp_path: Path) -> None:
+    """Preset, overrides and paths together, as one file."""
+    text = (chain / "nano" / "settings.toml").read_text(encoding="utf-8")
+    assert "version 0" in text
+    assert "torch" in text
+    table = config.read_preset(str(chain / "nano" / "settings.toml"))
+    assert table["stage"] == "clearsr"
+    assert table["base"] == str(chain / "base")
+    again = [f"--preset={chain}/nano/settings.toml", f"--out={tmp_path}/again"]
+    assert train.main(again) == 0
+    first, second = (
+        snapshot.read(folder / "state_00000002.safetensors").tensors for folder in (chain / "nano", tmp_path / "again")
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_every_result_says_what_it_was_made_from(chain: Path, tmp_path: Path) -> None:
+    for stage in ("autoencoder", "base"):
+        made = json.loads((chain / stage / "made.json").read_text(encoding="utf-8"))
+        assert made["given"]["set of photographs"]
+        assert made["settings"]["batch"]
+        assert {"step", "code", "versions"} <= made.keys()
+        assert str(chain) not in json.dumps(made)
+    assert train.main(_fixed_encoders(chain, tmp_path, "run", 1)) == 0
+    training = checkpoint.read(tmp_path / "run" / "clearsr.safetensors").training
+    assert training["begun_from"]["name"] == "clearsr.safetensors"
+    assert set(training["given"]) == {"set of photographs", "base model", "image encoder of CLIP"}
+    assert training["data"] == "photographs"
+    assert training["code"].startswith("0.")
+    assert "base_widths" not in training["settings"]
+    card = (tmp_path / "run" / "clearsr.md").read_text(encoding="utf-8")
+    assert "| Begun from | clearsr.safetensors, SHA-256 of its weights" in card
+    assert "| Base model | SHA-256" in card
+    assert "of `photographs` |" in card
+    preset = tmp_path / "card.toml"
+    preset.write_text(card.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    assert config.read_preset(str(preset))["stage"] == "clearsr"
 
 
 def _fixed_encoders(chain: Path, tmp_path: Path, out: str, steps: int) -> list[str]:
@@ -508,13 +608,13 @@ def test_a_base_of_a_host_gets_no_preview_and_ours_one_in_pieces(
 
     monkeypatch.setattr(stage.crops, "latents", latents)
     monkeypatch.setattr(stage, "validate", lambda *_: {})
-    stage.finish(tmp_path)
+    stage.finish(tmp_path, {"settings": {}})
     assert asked == [[number, number + 1] for number in range(0, 64, 2)]
     asked.clear()
     given: list[object] = []
     monkeypatch.setattr(clearsr, "is_contained", lambda _: False)
     monkeypatch.setattr(clearsr, "export", lambda *_, preview, **__: given.append(preview))
-    stage.finish(tmp_path)
+    stage.finish(tmp_path, {"settings": {}})
     assert (asked, given) == ([], [None])
 
 
@@ -718,7 +818,7 @@ def test_a_stop_before_the_first_step_is_said_in_a_sentence(
     monkeypatch.setattr(models, "encode", stopped)
     command = ["--preset=nano", f"--data={chain}/photographs", f"--base={chain}/base", "--crop=64", "--crops=2"]
     assert train.main([*command, f"--cache={tmp_path}/c.safetensors", f"--out={tmp_path}/run"]) == 130
-    assert "Stopped before the first step" in caplog.text
+    assert "Stopped. The same command goes on" in caplog.text
     assert not (tmp_path / "c.safetensors").exists()
 
 
@@ -766,8 +866,13 @@ def test_encoding_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
     assert found["x"].tolist() == [2.0 * number for number in range(70)]
     assert found["y"].shape == (70, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
-    again = encoded_once(cache, "ours", 70, lambda _: {}, "never")
-    assert all(torch.equal(value, again[name]) for name, value in found.items())
+    for fewer in (70, 40):
+        again = encoded_once(cache, "ours", fewer, lambda _: {}, "never")
+        assert all(torch.equal(value[:fewer], again[name]) for name, value in found.items())
+    seen.extend([[]] * 5)
+    more = encoded_once(cache, "ours", 90, encode, "more")
+    assert [numbers[0] for numbers in seen[-2:]] == [64, 80]  # whole batches
+    assert more["x"].tolist() == [2.0 * number for number in range(90)]
     seen.extend([[]] * 5)
     encoded_once(cache, "another", 20, encode, "third")
     assert seen[-2:] == [list(range(16)), [16, 17, 18, 19]]

@@ -156,7 +156,10 @@ def test_every_command_ends_in_a_sentence(
     assert status == (130 if interrupted else 1)
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
-    assert told[0].startswith("Stopped") if interrupted else told[0] == str(error)
+    if isinstance(error, OSError):
+        assert told[0] == "runs/a: Permission denied. Look at the path, its permissions and the free space there."
+    else:
+        assert told[0].startswith("Stopped") if interrupted else told[0] == str(error)
 
 
 def test_what_is_wrong_in_the_program_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

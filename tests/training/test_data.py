@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from training import contact_sheet, latents, layouts, prepare, shards
-from training.batches import Ahead
+from training.batches import Ahead, DataSettings
 from training.pairs import degrade_pairs
 from training.photographs import ChunkedOrder, Photographs
 from training.picture_files import header_size, read_rgb
@@ -382,7 +382,7 @@ def test_workers_change_neither_order_nor_content(folder: Path) -> None:
     assert torch.get_num_threads() == threads
     assert {name.startswith("batch") for name in makers} == {True, False}
     with pytest.raises(ValueError, match="--workers=-1"):
-        Ahead(make, 1, -1)
+        DataSettings(steps=1, learning_rate=1e-3, out=Path("x"), workers=-1)
 
 
 def test_a_worker_reports_its_failure_at_the_step_that_needs_it() -> None:

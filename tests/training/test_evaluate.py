@@ -14,6 +14,7 @@ from PIL import Image
 
 from training import baselines, comparison_sheet, evaluate
 from training.evaluate import EvaluationError, EvaluationSettings, find_pairs, picture_name, read_picture
+from training.provenance import pictures_record
 from training.tables import REFERENCE, Summary, differences, markdown, summarise, verdict
 
 
@@ -247,7 +248,7 @@ def test_other_evaluation_in_out_is_replaced_only_when_asked(
     assert evaluate.main(command(folders, out, "--threads=1")) == 0  # the same figures
     first = (out / "evaluation.json").read_bytes()
     assert evaluate.main(command(folders, out, "--limit=1")) == 1
-    assert "holds the evaluation of another limit, pairs. Give another --out, or --overwrite=true" in caplog.text
+    assert "holds the evaluation of another hr, limit, lr. Give another --out, or --overwrite=true" in caplog.text
     assert (out / "evaluation.json").read_bytes() == first
     assert evaluate.main(command(folders, out, "--limit=1", "--overwrite=true")) == 0
     assert (out / "evaluation.json").read_bytes() != first
@@ -264,7 +265,41 @@ def test_other_pictures_under_the_same_settings_are_another_evaluation(
         for path in folder.iterdir():
             save(path, (size, size), 7)
     assert evaluate.main(command(folders, tmp_path / "out")) == 1
-    assert "of another pairs" in caplog.text
+    assert "of another hr, lr." in caplog.text
+
+
+def test_the_file_says_which_pictures_were_measured(
+    folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By names and content, those of a method too, and not by where they lay."""
+    done = tmp_path / "done"
+    for name in "ab":
+        save(done / f"{name}.png", (192, 192), 5)
+    out = tmp_path / "out"
+
+    def evaluated(*more: str) -> int:
+        return evaluate.main(command(folders, out, f"--methods=bicubic,nano={done}", *more))
+
+    assert evaluated() == 0
+    text = (out / "evaluation.json").read_text(encoding="utf-8")
+    settings = json.loads(text)["settings"]
+    assert settings["methods"] == ["bicubic", "nano"]
+    assert settings["finished"] == {"nano": pictures_record([done / "a.png", done / "b.png"])}
+    assert settings["hr"]["folder"] == "hr"
+    assert settings["lr"]["files"] == ["a_LR4.png", "b_LR4.png"]
+    assert str(tmp_path) not in text
+
+    # Moved, they are the same; a picture made anew is another, though it has the same name and size.
+    done = done.rename(tmp_path / "moved")
+    assert evaluated() == 0
+    first = (done / "b.png").read_bytes()
+    pixels = np.asarray(Image.open(done / "b.png"))
+    Image.fromarray(pixels[::-1]).save(done / "b.png")
+    assert evaluated() == 1
+    assert "holds the evaluation of another finished. Give another --out" in caplog.messages[-1]
+    assert evaluated("--overwrite=true") == 0
+    (done / "b.png").write_bytes(first)
+    assert evaluated() == 1
 
 
 @pytest.mark.parametrize(

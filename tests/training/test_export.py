@@ -73,7 +73,8 @@ def test_the_named_snapshot_is_exported_and_the_newest_otherwise(chain: Path, tm
         ("--base={chain}/missing", "There is no file"),
         ("--base=random", "does not fit --base=random"),
         ("--out={tmp}/nano.ckpt", "end in .safetensors"),
-        ("--snapshot={tmp}/state_00000009.safetensors", "cannot be read"),
+        ("--snapshot={chain}/nano/state_00000009.safetensors", "cannot be read"),
+        ("--snapshot={tmp}/state_00000002.safetensors", "is none of --run="),
     ],
 )
 def test_what_cannot_be_exported_is_told_in_a_sentence(
@@ -208,7 +209,7 @@ def test_a_run_that_goes_on_is_exported_up_to_the_half_line_of_its_log(chain: Pa
     log = tmp_path / "nano" / "stats.jsonl"
     rows = log.read_text(encoding="utf-8")
     assert rows.endswith("}\n")
-    for cut in ('{"step": 2, "rate": 1.0, "lo', '{"step": 2, "validation": {"psnr": 20.0}'):
+    for cut in ('{"step": 2, "learning_rate": 1.0, "lo', '{"step": 2, "validation": {"psnr": 20.0}'):
         log.write_text(rows + cut, encoding="utf-8")
         out = tmp_path / "out.safetensors"
         assert export.main([f"--run={tmp_path}/nano", f"--out={out}", f"--base={chain}/base"]) == 0

@@ -12,13 +12,14 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.training.toy import Toy, ToyBatch, settings
-from training import loop, run_folder, snapshot
+from training import loop, optimizer, run_folder, snapshot
 
 
 def final_state(out: Path) -> dict[str, Tensor]:
@@ -95,6 +96,56 @@ def test_other_settings_refuse_to_continue(tmp_path: Path) -> None:
         loop.run(Toy(), other, loop.plain(other))
 
 
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    """Or the weights of step 8 were written as those of step 5."""
+    loop.run(Toy(), settings(tmp_path, steps=8), {})
+    again = Toy()
+    with pytest.raises(snapshot.SnapshotError, match="done 8 steps, and --steps=5 asks for fewer"):
+        loop.run(again, settings(tmp_path, steps=5), {})
+    assert not again.finished
+    assert loop.run(again, settings(tmp_path, steps=8), {})
+
+
+def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Seven gigabytes each at the paper's size, under a name that no file manager shows."""
+    loop.run(Toy(), settings(tmp_path, steps=7), {})
+    left = tmp_path / ".state_00000008.safetensors.4711.part"
+    left.write_bytes(b"half")
+    with caplog.at_level("INFO"):
+        loop.run(Toy(), settings(tmp_path, steps=8), {})
+    assert not left.exists()
+    assert f"Removed {left}" in caplog.text
+
+
+def test_the_log_says_with_which_learning_rate_each_step_was_taken(tmp_path: Path) -> None:
+    own = settings(tmp_path)
+    loop.run(Toy(), own, {})
+    for row in run_folder.rows(tmp_path):
+        expected = optimizer.learning_rate_at(row["step"] - 1, own.learning_rate, own.warmup, own.steps, own.decay)
+        assert row["learning_rate"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_knows_what_its_first_weights_came_from(tmp_path: Path) -> None:
+    """Also after a stop, when --init is no longer looked at."""
+    made: list[dict[str, Any]] = []
+
+    class Noting(Toy):
+        def finish(self, folder: Path, made_now: dict[str, Any]) -> None:
+            made.append(made_now)
+
+    loop.run(Toy(), settings(tmp_path / "first", steps=4), {})
+    loop.run(Noting(), settings(tmp_path / "second", steps=2, init=tmp_path / "first"), {"seed": 0})
+    loop.run(Noting(), settings(tmp_path / "second", steps=4), {"seed": 0})
+    loop.run(Noting(), settings(tmp_path / "alone", steps=2), {})
+    begun, gone_on, alone = made
+    assert begun["begun_from"]["name"] == "first"
+    assert (begun["step"], gone_on["step"]) == (2, 4)
+    assert begun["begun_from"] == gone_on["begun_from"]
+    assert gone_on["given"] == {"set of numbers": "random"}
+    assert gone_on["settings"] == {"seed": 0}
+    assert "begun_from" not in alone
+
+
 def test_full_disk_keeps_the_last_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.run(Toy(), settings(tmp_path, steps=7), {})
     before = snapshot.latest(tmp_path)
@@ -113,7 +164,7 @@ def test_finish_sees_the_averaged_weights(tmp_path: Path) -> None:
     seen: dict[str, Tensor] = {}
 
     class Looker(Toy):
-        def finish(self, folder: Path) -> None:
+        def finish(self, folder: Path, made: dict[str, Any]) -> None:
             seen.update({name: value.detach().clone() for name, value in self.trainable().items()})
 
     loop.run(Looker(), settings(tmp_path), {})
@@ -426,7 +477,7 @@ def test_the_rate_is_that_of_the_steps(tmp_path: Path) -> None:
             return super().validate(step, folder)
 
     loop.run(Slow(), settings(tmp_path, steps=4, validate_every=1), {})
-    rates = [row["rate"] for row in run_folder.rows(tmp_path) if "rate" in row]
+    rates = [row["steps_per_second"] for row in run_folder.rows(tmp_path) if "steps_per_second" in row]
     assert rates[-1] > 8.0  # with the two seconds of looking it would be below 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,30 @@ def test_a_damaged_note_is_refused_in_words(tmp_path: Path, damage: str) -> None
     (tmp_path / provenance.NAME).write_text(damage)
     with pytest.raises(provenance.OtherSettingsError, match="cannot be read: give another folder"):
         provenance.claim(tmp_path, {"steps": 7})
+
+
+def test_records_name_files_without_their_place_and_are_told_apart_by_content(tmp_path: Path) -> None:
+    folder, again = (
+        small_pictures(tmp_path / "lr", "a.png", "b.png"),
+        small_pictures(tmp_path / "again", "a.png", "b.png"),
+    )
+    pictures = {
+        name: provenance.pictures_record(sorted(path.iterdir()))
+        for name, path in {"lr": folder, "again": again}.items()
+    }
+    assert pictures["lr"]["folder"] == "lr"
+    assert pictures["lr"]["files"] == ["a.png", "b.png"]
+    file = provenance.file_record(folder / "a.png")
+    assert file == {"file": "a.png", "sha256": provenance.sha256(folder / "a.png")}
+    assert str(tmp_path) not in json.dumps([pictures, file])
+
+    # Another folder of the same pictures is the same; another picture under the same name is not.
+    def identity(table: dict[str, object]) -> object:
+        return provenance.identity({"steps": 7, "lr": table, "more": {"deep": table}})
+
+    assert identity(pictures["lr"]) == identity(pictures["again"])
+    (again / "b.png").write_bytes((again / "a.png").read_bytes())
+    assert identity(pictures["lr"]) != identity(provenance.pictures_record(sorted(again.iterdir())))
 
 
 def small_pictures(folder: Path, *names: str) -> Path:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from training import config
+from training import command_line, config
 from training.autoencoder import AutoencoderSettings
 from training.base import BaseSettings
 from training.clearsr import ClearSRSettings
+from training.loop import LoopSettings
 
 KINDS = {"autoencoder": AutoencoderSettings, "base": BaseSettings, "clearsr": ClearSRSettings}
 
@@ -25,16 +28,21 @@ def test_every_preset_builds_and_names_its_command(path: Path) -> None:
 
 def test_override_wins_and_is_converted() -> None:
     settings = config.build(
-        AutoencoderSettings, {"steps": 5, "learning_rate": 1}, {"out": "x", "steps": "7", "widths": "32,64"}
+        AutoencoderSettings, {"steps": 5, "learning_rate": 1}, {"out": "x", "steps": "7", "widths": "32,64,64,64"}
     )
-    assert (settings.steps, settings.learning_rate, settings.widths, settings.out) == (7, 1.0, (32, 64), Path("x"))
+    assert (settings.steps, settings.learning_rate, settings.widths, settings.out) == (
+        7,
+        1.0,
+        (32, 64, 64, 64),
+        Path("x"),
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"stepz": "5"}, "Did you mean --steps"),
-        ({"steps": "many"}, "--steps takes int"),
+        ({"steps": "many"}, "--steps takes a whole number"),
         ({}, "--out="),
     ],
 )
@@ -48,6 +56,14 @@ def test_arguments_and_presets_speak_clearly(tmp_path: Path) -> None:
         config.parse_overrides(["steps", "5"])
     with pytest.raises(config.ConfigError, match="nano_autoencoder"):
         config.read_preset("nonsense")
+    with pytest.raises(config.ConfigError, match=r"Did you mean smoke\?"):
+        config.read_preset("smok")
+    with pytest.raises(config.ConfigError, match=r"no preset nowhere\.toml"):
+        config.read_preset("nowhere.toml")
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(config.ConfigError, match=r"binary\.toml is not valid TOML"):
+        config.read_preset(str(binary))
     broken = tmp_path / "broken.toml"
     broken.write_text("steps = = 5")
     with pytest.raises(config.ConfigError, match="not valid TOML"):
@@ -125,11 +141,61 @@ def test_a_preset_inherits_and_its_own_settings_win(tmp_path: Path) -> None:
         config.read_preset(str(child))
 
 
+def test_a_preset_finds_the_one_beside_it(tmp_path: Path) -> None:
+    """Wherever the command is given."""
+    (tmp_path / "parent.toml").write_text('extends = "smoke"\nbatch = 1\n')
+    (tmp_path / "child.toml").write_text('extends = "parent.toml"\n')
+    assert config.read_preset(str(tmp_path / "child.toml")) == {**config.read_preset("smoke"), "batch": 1}
+    (tmp_path / "loop.toml").write_text(f'extends = "../{tmp_path.name}/loop.toml"\n')
+    with pytest.raises(config.ConfigError, match="extends itself"):
+        config.read_preset(str(tmp_path / "loop.toml"))
+
+
+def test_a_preset_without_a_stage_is_told_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("[clearsr]\nsteps = 3\n")
+    with pytest.raises(config.ConfigError, match=r"own\.toml says no stage"):
+        command_line.preset([f"--preset={tmp_path}/own.toml"], "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        (BaseSettings, {"crops": -5}, "--crops=-5: give 0 or more"),
+        (BaseSettings, {"widths": (64, 96, 128, 128)}, "--widths=64,96,128,128 with --head_channels=32: 96"),
+        (BaseSettings, {"head_channels": 48}, "--head_channels=48: 64"),
+        (BaseSettings, {"widths": (64, 64, 128)}, "give 4 numbers"),
+        (BaseSettings, {"norm_groups": 7}, "a multiple of --norm_groups=7"),
+        (ClearSRSettings, {"crops": -5}, "--crops=-5: give 0 or more"),
+        (ClearSRSettings, {"crops": 0, "freeze_encoders": True}, "--crops=NUMBER above 0"),
+        (ClearSRSettings, {"crop": 128, "best": "niqe", "validate_every": 1}, "--best=niqe needs crops of 192"),
+        (AutoencoderSettings, {"widths": (32, 32)}, "give 4 numbers"),
+        (AutoencoderSettings, {"blocks": 0}, "--blocks=0: give 1 or more"),
+        (AutoencoderSettings, {"discriminator_width": 0}, "--discriminator_width=0: give 1 or more"),
+        (AutoencoderSettings, {"kl_weight": -1.0}, "--kl_weight=-1.0: give 0 or more"),
+        (AutoencoderSettings, {"memory_gb": float("nan")}, "--memory_gb=nan: give 0 or more"),
+    ],
+)
+def test_settings_that_no_network_can_have_are_refused_at_once(
+    kind: type[LoopSettings], changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        kind(steps=1, learning_rate=1e-3, out=Path("x"), **changes)
+
+
+def test_settings_are_spelled_as_a_preset_that_gives_them_back(tmp_path: Path) -> None:
+    settings = ClearSRSettings(
+        steps=3, learning_rate=1e-4, out=Path('C:\\runs "a"'), query_windows=(), relative_bias="none", usm=True
+    )
+    table = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    (tmp_path / "own.toml").write_text(config.to_toml(table), encoding="utf-8")
+    assert config.build(ClearSRSettings, config.read_preset(str(tmp_path / "own.toml"))) == settings
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("steps = 1.9", "--steps takes int, not 1.9"),
-        ("steps = true", "--steps takes int, not True"),
+        ("steps = 1.9", "--steps takes a whole number, not 1.9"),
+        ("steps = true", "--steps takes a whole number, not True"),
         ("query_windows = 8", "--query_windows takes a list, not 8"),
     ],
 )

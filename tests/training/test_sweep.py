@@ -17,6 +17,7 @@ from training import sweep
 from training.clearsr_model import ClearSRModel
 from training.picture_files import read_rgb, to_bytes
 from training.pipeline import ColorFix, encode_lr, restore
+from training.provenance import pictures_record, sha256
 
 STEPS = 4
 PHASES = {"ela_end": 0.25, "lla_start": 0.5}
@@ -103,6 +104,13 @@ def test_the_command_gives_the_pictures_of_restore_and_goes_on(
     table = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
     assert table["grid"][3]["psnr"] == float(rows[3]["psnr"])
     assert str(tmp_path) not in json.dumps(table)
+    # Both files say which model and which pictures they are of.
+    file = chain / "nano" / "clearsr.safetensors"
+    evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert evaluation["settings"] == table["settings"]
+    assert table["settings"]["checkpoint"] == {"file": "clearsr.safetensors", "sha256": sha256(file)}
+    for name in ("hr", "lr"):
+        assert table["settings"][name] == pictures_record([pairs / name / "a.png"])
     for name in ("sweep_alpha", "sweep_beta", "sweep_grid"):
         assert Image.open(out / f"{name}.png").size > (300, 200)
 

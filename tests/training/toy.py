@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class Toy:
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         return {"psnr": float(-((step - 14) ** 2))}
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, made: dict[str, Any]) -> None:
         self.finished = True
 
 
