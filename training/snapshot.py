@@ -40,7 +40,8 @@ class TrainingState:
     @property
     def notes(self) -> dict[str, Any]:
         """Return what a finished file says about the run that it comes from."""
-        return {"step": self.step, **{name: getattr(self, name) for name in _TABLES if getattr(self, name)}}
+        begun_from = {"begun_from": self.begun_from} if self.begun_from else {}
+        return {"step": self.step, "settings": self.settings, "given": self.given, **begun_from}
 
 
 def write(folder: Path, state: TrainingState, keep: int = 2) -> Path:
