@@ -208,7 +208,9 @@ def _training(training: dict[str, Any]) -> str:
     begun = training.get("begun_from")
     if begun:
         rows.append(("Begun from", f"{begun['name']}, SHA-256 of its weights {begun['weights'][:12]}..."))
-    rows += [(what.capitalize(), f"SHA-256 {digest[:12]}...") for what, digest in training.get("given", {}).items()]
+    nothing = hashlib.sha256().hexdigest()  # of a CLIP that is not there
+    given = {what: digest for what, digest in training.get("given", {}).items() if digest != nothing}
+    rows += [(what[:1].upper() + what[1:], f"SHA-256 {digest[:12]}...") for what, digest in given.items()]
     rows.append(("Hardware", training.get("hardware") or "not recorded"))
     if "code" in training:
         rows.append(("Code", f"version {training['code']}"))

@@ -226,6 +226,7 @@ def test_every_result_says_what_it_was_made_from(chain: Path, tmp_path: Path) ->
     card = (tmp_path / "run" / "clearsr.md").read_text(encoding="utf-8")
     assert "| Begun from | clearsr.safetensors, SHA-256 of its weights" in card
     assert "| Base model | SHA-256" in card
+    assert "of CLIP" not in card  # there is none
     assert "of `photographs` |" in card
     preset = tmp_path / "card.toml"
     preset.write_text(card.split("```toml\n")[1].split("```")[0], encoding="utf-8")
