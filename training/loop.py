@@ -221,7 +221,10 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
             parameter.requires_grad_(name in stage.trainable())
         optimizer = optimizers.build(settings.optimizer, stage.trainable().values(), settings.learning_rate)
         if main:
-            run_folder.write_settings(out, settings.stage, settings)
+            # A launcher numbers the devices, and a command takes no number.
+            run_folder.write_settings(
+                out, settings.stage, dataclasses.replace(settings, device=accelerator.device.type)
+            )
         with accelerator.local_main_process_first():  # the others find what the first one encoded
             stage.start(rows)
 

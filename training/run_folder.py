@@ -53,8 +53,9 @@ def only_writer(folder: Path) -> Iterator[None]:
             raise SnapshotError(
                 f"Another run is writing to {folder}. Wait for it, stop it, or give another --out."
             ) from error
-        for path in remove_unfinished(folder, "*"):
-            log.info("Removed %s, which a process that was killed had left.", path)
+        for name in ("state_*", "best_*"):  # what only the run itself writes
+            for path in remove_unfinished(folder, name):
+                log.info("Removed %s, which a process that was killed had left.", path)
         yield
 
 

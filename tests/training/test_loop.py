@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.toy import Toy, ToyBatch, settings
-from training import loop, optimizer, run_folder, snapshot
+from training import config, loop, optimizer, parallel, run_folder, snapshot
 
 
 def final_state(out: Path) -> dict[str, Tensor]:
@@ -111,10 +111,21 @@ def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path: Path, caplo
     loop.run(Toy(), settings(tmp_path, steps=7), {})
     left = tmp_path / ".state_00000008.safetensors.4711.part"
     left.write_bytes(b"half")
+    other = tmp_path / ".exported.safetensors.4712.part"
+    other.write_bytes(b"of a process that writes now")
     with caplog.at_level("INFO"):
         loop.run(Toy(), settings(tmp_path, steps=8), {})
     assert not left.exists()
+    assert other.exists()
     assert f"Removed {left}" in caplog.text
+
+
+def test_the_written_settings_name_a_device_that_a_command_takes(tmp_path: Path) -> None:
+    """A launcher numbers the devices; --device=cuda:0 is refused."""
+    numbered = settings(tmp_path, steps=1, device="cpu:0")
+    with parallel.processes("cpu", "float32") as accelerator:
+        loop.run_with(accelerator, Toy(), numbered, {})
+    assert config.read_preset(str(tmp_path / "settings.toml"))["device"] == "cpu"
 
 
 def test_the_log_says_with_which_learning_rate_each_step_was_taken(tmp_path: Path) -> None:
