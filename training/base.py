@@ -93,7 +93,7 @@ class BaseStage:
                 settings.widths, settings.head_channels, settings.context_dim, settings.norm_groups
             )
             null_text = torch.randn(1, settings.context_dim)
-        layout(self.unet, self.vae)  # an autoencoder that does not fit is refused before anything is trained on it
+        layout(self.unet.config, self.vae.config)  # what does not fit is refused before anything is trained
         self.module = NoisePrediction(self.unet, self.vae, null_text).to(settings.device)
         photographs = settings.photographs(settings.crop)
         self.crops = Crops(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
@@ -180,27 +182,28 @@ def load_autoencoder(source: Path) -> AutoencoderKL:
         raise ValueError(f"--vae={source} cannot be read ({error}). {advice}") from error
 
 
-def layout(unet: UNet2DConditionModel, vae: AutoencoderKL) -> BaseConfig:
-    """Return the sizes of a base model's networks.
+def layout(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> BaseConfig:
+    """Return the sizes of a base model's networks, from diffusers' configurations of the two.
 
     Raises:
         ValueError: they do not go together, or no host could open them.
     """
-    norm_groups = unet.config.norm_num_groups
-    if vae.config.norm_num_groups != norm_groups:
+    norm_groups = unet["norm_num_groups"]
+    of_vae = vae.get("norm_num_groups", 32)  # diffusers' default, which older configurations leave out
+    if of_vae != norm_groups:
         raise ValueError(
-            f"The autoencoder has {vae.config.norm_num_groups} norm groups, the UNet {norm_groups}: they must agree. "
-            f"Train the base model with --norm_groups={vae.config.norm_num_groups}."
+            f"The autoencoder has {of_vae} norm groups, the UNet {norm_groups}: they must agree. Train the base model "
+            f"with --norm_groups={of_vae}."
         )
-    widths = tuple(unet.config.block_out_channels)
-    # diffusers keeps the number of heads under this name.
-    heads = unet.config.attention_head_dim
+    widths = tuple(unet["block_out_channels"])
+    # diffusers keeps the number of heads under this name, one for all levels or one each.
+    heads = unet["attention_head_dim"]
     return BaseConfig(
         widths,
         widths[0] // (heads if isinstance(heads, int) else heads[0]),
-        unet.config.cross_attention_dim,
-        tuple(vae.config.block_out_channels),
-        vae.config.layers_per_block,
+        unet["cross_attention_dim"],
+        tuple(vae["block_out_channels"]),
+        vae["layers_per_block"],
         norm_groups,
     )
 
@@ -233,18 +236,7 @@ def networks_of(source: Path, widths: tuple[int, ...] = SD21_NETWORKS.unet_width
             _check_part(source, part)
             configs.append(json.loads((source / part / "config.json").read_text(encoding="utf-8")))
         _check_unet_config(source)
-        unet, vae = configs
-        # diffusers keeps the number of heads under this name, one for all levels or one each.
-        heads = unet["attention_head_dim"]
-        first = unet["block_out_channels"][0]
-        return BaseConfig(
-            tuple(unet["block_out_channels"]),
-            first // (heads if isinstance(heads, int) else heads[0]),
-            unet["cross_attention_dim"],
-            tuple(vae["block_out_channels"]),
-            vae["layers_per_block"],
-            unet["norm_num_groups"],
-        )
+        return layout(*configs)
     header = read_safetensors_header(source, "Stable Diffusion 2.1-base")
     if "clearsr.format" not in header.metadata:
         return SD21_NETWORKS

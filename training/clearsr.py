@@ -191,7 +191,7 @@ class ClearSRStage:
     def __init__(self, settings: ClearSRSettings) -> None:
         self.settings = settings
         base = BaseModel.load(settings.base, settings.base_widths, settings.seed)
-        layout(base.unet, base.vae)  # one that no file could hold is refused before anything is trained on it
+        layout(base.unet.config, base.vae.config)  # what no file could hold is refused before anything is trained
         control = control_config(settings, base)
         photographs = settings.photographs(settings.crop)
         base.vae.to(settings.device)

@@ -35,7 +35,7 @@ def lora_tensors(module: torch.nn.Module, rank: int) -> dict[str, Tensor]:
 
 def is_contained(model: ClearSRModel) -> bool:
     """Return whether the base goes into the file: it is not of Stable Diffusion 2.1's size, which hosts have."""
-    return layout(model.unet, model.vae) != SD21_NETWORKS
+    return layout(model.unet.config, model.vae.config) != SD21_NETWORKS
 
 
 def latent_rgb(latents: Tensor, images: Tensor) -> tuple[tuple[float, ...], ...]:
@@ -81,7 +81,7 @@ def export(
     Raises:
         CheckpointError: what would be in the file is not sound; a file that was there before is as it was.
     """
-    networks = layout(model.unet, model.vae)
+    networks = layout(model.unet.config, model.vae.config)
     contained = is_contained(model)
     config = ClearSRConfig(
         control=model.control.config,
