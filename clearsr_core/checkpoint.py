@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
@@ -34,7 +35,7 @@ PARTS = (
     "base.vae",
 )
 
-__all__ = ["FORMAT", "PARTS", "Checkpoint", "CheckpointError", "Header", "read", "read_header", "write"]
+__all__ = ["FORMAT", "PARTS", "Checkpoint", "CheckpointError", "Header", "read", "read_header", "verify", "write"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,43 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
             f"{path.parent} cannot take a checkpoint ({error}). Free some space, or choose another folder; a file that "
             "was there before is as it was."
         ) from error
+
+
+def verify(path: Path, meant: Checkpoint, target: Path) -> None:
+    """Compare a file with what was to be written: configuration, notes, and every number, bit for bit.
+
+    One tensor is read at a time, so that a large file needs little memory.
+
+    Args:
+        path: the file, under a temporary name.
+        meant: what was written.
+        target: the name that it is to get, for messages.
+
+    Raises:
+        CheckpointError: something differs; the message says what.
+    """
+    header, raw = _read_checked(path)
+    differing = [name for name in ("config", "training") if getattr(header, name) != getattr(meant, name)]
+    wanted = {_join(part, name): value for part, table in meant.tensors.items() for name, value in table.items()}
+    for key in sorted(raw.shapes.keys() | wanted.keys()):
+        value = wanted.get(key)
+        found = _tensor(path, key) if key in raw.shapes else None
+        if value is None or found is None or found.dtype != value.dtype or not torch.equal(found, value.cpu()):
+            differing.append(key)
+    if differing:
+        raise CheckpointError(
+            f"{target} reads back other than it was written ({', '.join(differing[:3])}; {len(differing)} in all) and "
+            "was not put in place. The disk may be damaged: please export to another one."
+        )
+
+
+def _tensor(path: Path, key: str) -> Tensor:
+    """Read one tensor; the file is closed again, which gives back the memory that it was mapped into."""
+    try:
+        with cast("Any", safe_open)(path, framework="pt", device="cpu") as file:
+            return file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Please download or copy it again.") from error
 
 
 def _read_checked(path: Path) -> tuple[Header, SafetensorsHeader]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 
 LATENT_SCALE = 0.18215  # of Stable Diffusion 1 and 2: model units = VAE latent * LATENT_SCALE
 
-Config = TypeVar("Config", "ControlConfig", "BaseConfig", "ClearSRConfig")
+Config = TypeVar("Config", "ControlConfig", "BaseConfig", "RecommendedSampling", "ClearSRConfig")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class ControlConfig:
     relative_bias: Literal["aligned", "none"] = "aligned"  # B of Eq. 2
     control_input: Literal["lr", "lr+xt"] = "lr"  # what the networks see: x_lr, or x_t with x_lr added
     control_time: Literal["t", "fixed"] = "t"  # "fixed": the control is the same at every step
+    control_text: Literal["null", "conditioning"] = "null"  # DPM's text: the empty prompt, or that of each conditioning
     fixed_timestep: int = 0  # for control_time "fixed"; 0 is where the UNet's encoder met latents as clean as x_lr
     use_dpm: bool = True  # at least one of the two; both in the paper's full model
     use_spm: bool = True
@@ -41,6 +42,7 @@ class ControlConfig:
         _check_choice("relative_bias", self.relative_bias, ("aligned", "none"))
         _check_choice("control_input", self.control_input, ("lr", "lr+xt"))
         _check_choice("control_time", self.control_time, ("t", "fixed"))
+        _check_choice("control_text", self.control_text, ("null", "conditioning"))
         _check_positive(
             layers_per_block=self.layers_per_block,
             head_channels=self.head_channels,
@@ -69,6 +71,8 @@ class ControlConfig:
             raise ValueError(f"fixed_timestep {self.fixed_timestep} is not in 0..999")
         if not (self.use_dpm or self.use_spm):
             raise ValueError("use_dpm and use_spm are both off: nothing is left to control with")
+        if self.control_text == "conditioning" and not self.use_dpm:
+            raise ValueError("control_text is 'conditioning', but without DPM (use_dpm) nothing reads text")
 
     @property
     def levels(self) -> int:
@@ -120,6 +124,30 @@ class BaseConfig:
 
 
 @dataclass(frozen=True)
+class RecommendedSampling:
+    """Sampling settings that the weights were made for; others give a worse result without any error."""
+
+    spacing: Literal["leading", "linspace", "trailing"]  # of the timesteps of spaced DDPM
+    steps: int
+    cfg: float  # guidance scale; 1 = without guidance
+    start: Literal["lr", "noise"]  # x_lr noised to the last timestep, or noise alone
+    text: bool  # a positive and a negative prompt
+
+    def __post_init__(self) -> None:
+        _check_choice("spacing", self.spacing, ("leading", "linspace", "trailing"))
+        _check_choice("start", self.start, ("lr", "noise"))
+        if not 1 <= self.steps <= 1000:
+            raise ValueError(f"recommended steps {self.steps} are not in 1..1000")
+        if not 1.0 <= self.cfg <= 100.0:
+            raise ValueError(f"recommended cfg {self.cfg} is not in 1..100")
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> RecommendedSampling:
+        """Rebuild from a table; an unknown key or an impossible value raises ValueError."""
+        return _build(cls, table)
+
+
+@dataclass(frozen=True)
 class ClearSRConfig:
     """A whole checkpoint: control networks, LoRAs, image prompt, and the base that they belong to."""
 
@@ -134,6 +162,7 @@ class ClearSRConfig:
     latent_rgb: tuple[tuple[float, ...], ...] | None = None  # 4 rows x 3: latent -> RGB for previews of a narrow base
     image_encoder: bool = False  # the file carries its own image prompt encoder
     clip_width: int = 0  # of CLIP's hidden states, which image_projection makes patch tokens of; 0 = the file has none
+    recommended: RecommendedSampling | None = None  # None: the defaults of the nodes
 
     def __post_init__(self) -> None:
         _check_choice("prompt_mode", self.prompt_mode, ("pooled", "patch", "null"))
@@ -179,6 +208,8 @@ class ClearSRConfig:
             values["control"] = ControlConfig.from_dict(values["control"])
         if isinstance(values.get("base"), Mapping):
             values["base"] = BaseConfig.from_dict(values["base"])
+        if isinstance(values.get("recommended"), Mapping):
+            values["recommended"] = RecommendedSampling.from_dict(values["recommended"])
         return _build(cls, values)
 
 

@@ -127,6 +127,16 @@ def unet_prefixes(config: ControlConfig) -> dict[str, str]:
     return prefixes
 
 
+def controlnet_prefixes(config: ControlConfig) -> dict[str, str]:
+    """Map module prefixes of DPM (diffusers' ControlNetModel) to an ldm ControlNet's.
+
+    `conv_in` and `conv_in_lr` are one convolution there, "input_blocks.0.0", of x_t and the condition side by side.
+    """
+    outputs = config.levels * (config.layers_per_block + 1)
+    prefixes = {f"controlnet_down_blocks.{index}": f"zero_convs.{index}.0" for index in range(outputs)}
+    return unet_prefixes(config) | prefixes | {"controlnet_mid_block": "middle_block_out.0"}
+
+
 def vae_prefixes(config: BaseConfig) -> dict[str, str]:
     """Map module prefixes of a diffusers AutoencoderKL to the host's, which numbers the decoder finest first."""
     levels = len(config.vae_widths)

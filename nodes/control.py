@@ -330,6 +330,8 @@ class ClearSRControlApply(io.ComfyNode):
         attachment = {
             "null_text": clearsr.null_text,
             "base": clearsr.base,
+            "file": clearsr.name,
+            "recommended": clearsr.config.recommended,
             "control_every": control_every,
             "encoded": lr_latent[KEY]["encoded"] if KEY in lr_latent else None,
         }

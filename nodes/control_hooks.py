@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.conds
 import comfy.model_management
@@ -81,7 +81,27 @@ class ControlRun:
 
     def last_control(self) -> list[tuple[ControlResiduals, Tensor | None]]:
         """Return the residuals that are still remembered, each with its x_t."""
-        return [(entry.residuals, entry.x_t) for entries in self.cache.values() for entry in entries]
+        return [(entry.residuals, entry.inputs.x_t) for entries in self.cache.values() for entry in entries]
+
+
+class ControlInputs(NamedTuple):
+    """What the control of each row is computed from, beside the time; None: the networks do not read it."""
+
+    lr_latent: Tensor  # (B, 4, h, w)
+    x_t: Tensor | None = None  # (B, 4, h, w)
+    text: Tensor | None = None  # (B, n, context width)
+
+    def first(self, rows: int) -> ControlInputs:
+        """Return the first `rows` rows."""
+        return ControlInputs(*(None if tensor is None else tensor[:rows] for tensor in self))
+
+    def repeats(self, rows: int) -> bool:
+        """Return whether every group of `rows` rows equals the first one."""
+        return all(tensor is None or _repeats(tensor, rows) for tensor in self)
+
+    def equals(self, other: ControlInputs) -> bool:
+        """Return whether all of it is equal, to the bit."""
+        return all(_same(a, b) for a, b in zip(self, other, strict=True))
 
 
 @dataclass(frozen=True)
@@ -89,8 +109,7 @@ class CachedControl:
     """Residuals with everything that they were computed from."""
 
     moment: tuple[int | float, ...]  # equal moments may share a control
-    lr_latent: Tensor
-    x_t: Tensor | None
+    inputs: ControlInputs
     residuals: ControlResiduals
 
 
@@ -223,7 +242,7 @@ def _prompt_tokens(prompt: Tensor | None, text: HostObject, name: str, batch: in
 def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., Tensor]:
     """Make the wrapper around a model call (host: APPLY_MODEL)."""
     config = bundle.config.control
-    sees_x_t = config.control_input == "lr+xt"
+    sees_x_t, reads_text = config.control_input == "lr+xt", config.control_text == "conditioning"
     constant = config.control_time == "fixed" and not sees_x_t
     null_text = bundle.null_text[None]  # (1, tokens, width)
 
@@ -273,30 +292,36 @@ def _control(bundle: ClearSRBundle, settings: ControlSettings) -> Callable[..., 
                 moment = (sigma,) if settings.every == 1 or run is None else (run.step(sigma) // settings.every,)
 
             def compute(
-                x_lr: Tensor,
-                x_t: Tensor | None,
+                inputs: ControlInputs,
                 dpm_strength: float = settings.dpm_strength,
                 spm_strength: float = settings.spm_strength,
             ) -> ControlResiduals:
-                timestep = sampling.timestep(t[: x_lr.shape[0]]).float()
+                timestep = sampling.timestep(t[: inputs.lr_latent.shape[0]]).float()
+                text = null_text if inputs.text is None else inputs.text
                 return net(
-                    x_lr.to(dtype),
+                    inputs.lr_latent.to(dtype),
                     timestep,
-                    null_text.to(x.device, dtype),
-                    None if x_t is None else x_t.to(dtype),
+                    text.to(x.device, dtype),
+                    None if inputs.x_t is None else inputs.x_t.to(dtype),
                     dpm_strength=dpm_strength,
                     spm_strength=spm_strength,
                 )
 
-            reuse_x_t = x_t if settings.every == 1 else None  # between the computed steps x_t has moved on
+            if reads_text and c_crossattn is None:
+                raise ValueError(
+                    f"{NODE}: '{bundle.name}' reads the text of the conditioning, and a conditioning of this run has "
+                    "none. Connect CLIP Text Encode to the sampler's positive and negative."
+                )
+            inputs = ControlInputs(x_lr, x_t, c_crossattn if reads_text else None)
             keep = constant or settings.every > 1
             cache = None if run is None else _cache(run, tiles, keep)
-            residuals = _shared(cache, moment, x_lr, x_t, reuse_x_t, len(options.get("cond_or_uncond", [0])), compute)
+            halves = len(options.get("cond_or_uncond", [0]))
+            residuals = _shared(cache, moment, inputs, halves, compute, ignore_x_t=settings.every > 1)
             if cache is not None and tiles is not None and keep:
                 _move(cache, comfy.model_management.unet_offload_device())
             if run is not None:
                 parts = settings.alone(net).items()
-                again = {name: functools.partial(compute, x_lr, x_t, *strengths) for name, strengths in parts}
+                again = {name: functools.partial(compute, inputs, *strengths) for name, strengths in parts}
                 run.check.control(residuals, again)
             merged = _merged(control, residuals, settings.level_weights)
         denoised = executor(x, t, c_concat, c_crossattn, merged, options, **conds)
@@ -336,31 +361,39 @@ def _on(residuals: ControlResiduals, device: torch.device) -> ControlResiduals:
 def _shared(
     cache: list[CachedControl] | None,
     moment: tuple[int | float, ...],
-    x_lr: Tensor,
-    x_t: Tensor | None,
-    compared_x_t: Tensor | None,
+    inputs: ControlInputs,
     halves: int,
-    compute: Callable[[Tensor, Tensor | None], ControlResiduals],
+    compute: Callable[[ControlInputs], ControlResiduals],
+    ignore_x_t: bool,
 ) -> ControlResiduals:
     """Compute the control, once for what is equal.
 
     Conditional and unconditional rows of one batch see the same x_lr, and so may separate calls of one step, or all
-    steps when the control's time is fixed. Equality is tested, not assumed: tilers order rows differently.
+    steps when the control's time is fixed. Equality is tested, not assumed: tilers order rows differently. Networks
+    that read the text share only rows of equal text.
+
+    Args:
+        cache: of this run and these tiles; None = nothing is kept.
+        moment: equal for calls that may share a control.
+        inputs: of all rows.
+        halves: groups of rows that may repeat one another, as of guidance.
+        compute: makes the residuals.
+        ignore_x_t: reuse a control although x_t has changed since, as between the computed steps of `every`.
     """
-    batch = x_lr.shape[0]
+    batch = inputs.lr_latent.shape[0]
     rows = batch // halves if batch % halves == 0 else batch
-    if rows < batch and not all(_repeats(tensor, rows) for tensor in (x_lr, x_t) if tensor is not None):
+    if rows < batch and not inputs.repeats(rows):
         rows = batch
-    x_lr, x_t = x_lr[:rows], None if x_t is None else x_t[:rows]
-    compared_x_t = None if compared_x_t is None else compared_x_t[:rows]
+    inputs = inputs.first(rows)
+    compared = inputs._replace(x_t=None) if ignore_x_t else inputs
 
     for entry in cache or ():
-        if entry.moment == moment and _same(entry.lr_latent, x_lr) and _same(entry.x_t, compared_x_t):
-            return _repeated(_on(entry.residuals, x_lr.device), batch // rows)
-    residuals = compute(x_lr, x_t)
+        if entry.moment == moment and entry.inputs.equals(compared):
+            return _repeated(_on(entry.residuals, inputs.lr_latent.device), batch // rows)
+    residuals = compute(inputs)
     if cache is not None:
         fresh = [entry for entry in cache if entry.moment == moment][-(_CACHED_CONTROLS - 1) :]
-        cache[:] = [*fresh, CachedControl(moment, x_lr, compared_x_t, residuals)]
+        cache[:] = [*fresh, CachedControl(moment, compared, residuals)]
     return _repeated(residuals, batch // rows)
 
 

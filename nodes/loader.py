@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -266,6 +267,9 @@ class ClearSRLoader(io.ComfyNode):
         else:
             check_model(NODE, model, config, checkpoint)
             check_vae(NODE, vae, config, checkpoint)
+        about = file.training.get("about")
+        if isinstance(about, str) and about:
+            notice(cls, f"{NODE}: '{checkpoint}': {about}", logging.INFO)
         base = base_fingerprint(model, config)
         if config.base is None:
             difference = other_base(NODE, base, config.base_fingerprint, checkpoint)

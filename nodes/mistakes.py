@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..clearsr_core.config import RecommendedSampling
 from ..clearsr_core.lsa import LSAConfig
 from .control_hooks import is_controlled
 from .lsa_patch import is_patched
 from .lsa_sampler import Target
+from .schedules import SPACINGS
 from .sockets import KEY
 
 if TYPE_CHECKING:
@@ -53,6 +55,52 @@ def mistakes(
             )
     if target == "x0" and (lsa.ela_strength or lsa.lla_strength) and is_patched(model):
         yield f"{node}: with this target alpha and beta of this node replace those of LSA Patch."
+
+
+def other_than_recommended(
+    node: str,
+    model: ModelPatcher,
+    *,
+    scheduler: str,
+    steps: int,
+    cfg: float,
+    denoise: float,
+    start_from_lr: bool,
+    missing_text: list[str],
+) -> str | None:
+    """Return a warning where a run differs from what the controlling file was made for so much that it shows.
+
+    Fewer steps, more or less guidance and other samplers are the user's choice, within a factor; none of these settings
+    raises an error, and each makes the result worse.
+
+    Args:
+        node: its name, for the message.
+        model: controlled by DPM/SPM Control Apply, or not.
+        scheduler, steps, cfg, denoise, start_from_lr: widgets of the run.
+        missing_text: which of the inputs "positive" and "negative" are not connected.
+    """
+    attachment = model.get_attachment(KEY) or {}
+    made_for: RecommendedSampling | None = attachment.get("recommended")
+    if made_for is None or not is_controlled(model):
+        return None
+    found: list[str] = []
+    wanted = next(name for name, spacing in SPACINGS.items() if spacing == made_for.spacing)
+    if scheduler != wanted:
+        found.append(f"scheduler is {scheduler} instead of {wanted}")
+    if 3 * steps < made_for.steps:
+        found.append(f"steps is {steps}, far below {made_for.steps}")
+    if (cfg <= 1.0 < made_for.cfg) or cfg > 2.0 * made_for.cfg:
+        found.append(f"cfg is {cfg:g} instead of {made_for.cfg:g}")
+    if denoise >= 1.0 and start_from_lr != (made_for.start == "lr"):
+        found.append(f"start_from_lr is {'on instead of off' if start_from_lr else 'off instead of on'}")
+    if made_for.text and missing_text:
+        found.append(f"{' and '.join(missing_text)} {'is' if len(missing_text) == 1 else 'are'} not connected")
+    if not found:
+        return None
+    return (
+        f"{node}: '{attachment['file']}' was made for other settings, and its result is worse with these: "
+        f"{'; '.join(found)}."
+    )
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

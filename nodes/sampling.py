@@ -23,7 +23,7 @@ from .late_state import LateState, fingerprint, starts_late_alike
 from .lsa_patch import check_channels, lsa_config, patch_denoised, strength_inputs
 from .lsa_sampler import UNCUTTABLE, LSARun, LSASampler, Target, preserves_variance
 from .masks import noise_mask_of, strength_map
-from .mistakes import mistakes
+from .mistakes import mistakes, other_than_recommended
 from .schedules import (
     DEFAULT_SCHEDULER,
     SCHEDULER_TOOLTIP,
@@ -242,12 +242,25 @@ class ClearSRLSAKSampler(io.ComfyNode):
         x_lr = check_channels(NODE, model, lr_latent)  # (B, 4, h, w) VAE units
         if moved == "step":
             _check_sampler(sampler_name, model, lsa)
+        missing_text = [name for name, text in (("positive", positive), ("negative", negative)) if text is None]
         positive = _conditioning(model, positive, "positive")
         negative = _conditioning(model, negative, "negative")
         ela_map = strength_map(NODE, alpha_mask, lr_latent, "alpha_mask")
         lla_map = strength_map(NODE, beta_mask, lr_latent, "beta_mask")
         for text in mistakes(NODE, model, lr_latent, lsa, moved, {"alpha": (alpha, ela_map), "beta": (beta, lla_map)}):
             notice(cls, text)
+        departure = other_than_recommended(
+            NODE,
+            model,
+            scheduler=scheduler,
+            steps=steps,
+            cfg=cfg,
+            denoise=denoise,
+            start_from_lr=start_from_lr,
+            missing_text=missing_text,
+        )
+        if departure is not None:
+            notice(cls, departure)
         sigmas = schedule_sigmas(NODE, model, steps, sampler_name, scheduler, denoise)
 
         whole = denoise >= 1.0

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import models, provenance, run_folder
-from .base_model import BaseModel, layout, load_autoencoder
+from .base_files import layout
+from .base_model import BaseModel, load_autoencoder
 from .batches import Ahead, DataSettings, check_widths
 from .latents import Crops, weights_hash
 from .loop import check_counts

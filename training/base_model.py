@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clearsr_core import checkpoint
@@ -23,14 +20,20 @@ from clearsr_core.key_maps import unet_from_host, vae_from_host
 from clearsr_core.safetensors_header import read_safetensors_header
 from clearsr_core.whole_files import replacing
 
-from . import empty_prompt
+from .base_files import (
+    NULL_TEXT_FILE,
+    RANDOM,
+    SPREAD_IN_DIFFUSERS,
+    check_part,
+    check_unet_config,
+    folder_null_text,
+    random_networks,
+    text_file_null_text,
+)
 from .models import build_autoencoder, build_unet
 from .single_file import HELP, read_single_file, refuse_v_prediction
 
-NULL_TEXT_FILE = "null_text.safetensors"
-RANDOM = Path("random")
 _TOKENS = 77
-_SPREAD = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
 
 
 @dataclass
@@ -67,9 +70,9 @@ class BaseModel:
     def from_folder(cls, folder: Path) -> BaseModel:
         """Read a folder with `unet` and `vae` (diffusers layout), and `null_text.safetensors` or `text_encoder`."""
         for part in ("unet", "vae"):
-            _check_part(folder, part)
-        _check_unet_config(folder)
-        null_text = _folder_null_text(folder)
+            check_part(folder, part)
+        check_unet_config(folder)
+        null_text = folder_null_text(folder)
         try:
             unet, unet_report = UNet2DConditionModel.from_pretrained(folder / "unet", **_options(folder / "unet"))
             vae, vae_report = AutoencoderKL.from_pretrained(folder / "vae", **_options(folder / "vae"))
@@ -80,7 +83,7 @@ class BaseModel:
             absent = sorted(report["missing_keys"])
             if absent:
                 raise ValueError(f"--base={folder} lacks {len(absent)} weights in {part} ({absent[0]}, ...). {HELP}")
-        refuse_v_prediction(folder, unet.state_dict().get(_SPREAD), unet.config.block_out_channels)
+        refuse_v_prediction(folder, unet.state_dict().get(SPREAD_IN_DIFFUSERS), unet.config.block_out_channels)
         width = unet.config.cross_attention_dim
         if null_text.ndim != 2 or null_text.shape[1] != width:
             raise ValueError(
@@ -93,15 +96,7 @@ class BaseModel:
     def from_single_file(cls, path: Path, networks: BaseConfig = SD21_NETWORKS) -> BaseModel:
         """Read a checkpoint in the original layout, as ComfyUI's Load Checkpoint takes it."""
         unet_weights, vae_weights, text = read_single_file(path, networks)
-        if not text:
-            raise ValueError(
-                f"{path} has no text encoder (cond_stage_model.model), which the empty prompt comes from. Please give "
-                "a checkpoint that has one, or a folder in diffusers' layout with null_text.safetensors."
-            )
-        try:
-            null_text = empty_prompt.from_openclip(text)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} has a text encoder that cannot be used ({error}). {HELP}") from error
+        null_text = text_file_null_text(path, text)
         model = cls._empty(networks, null_text)
         model.unet.load_state_dict(unet_weights, assign=True)
         model.vae.load_state_dict(vae_weights, assign=True)
@@ -182,124 +177,8 @@ def load_autoencoder(source: Path) -> AutoencoderKL:
         raise ValueError(f"--vae={source} cannot be read ({error}). {advice}") from error
 
 
-def layout(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> BaseConfig:
-    """Return the sizes of a base model's networks, from diffusers' configurations of the two.
-
-    Raises:
-        ValueError: they do not go together, or no host could open them.
-    """
-    norm_groups = unet["norm_num_groups"]
-    of_vae = vae.get("norm_num_groups", 32)  # diffusers' default, which older configurations leave out
-    if of_vae != norm_groups:
-        raise ValueError(
-            f"The autoencoder has {of_vae} norm groups, the UNet {norm_groups}: they must agree. Train the base model "
-            f"with --norm_groups={of_vae}."
-        )
-    widths = tuple(unet["block_out_channels"])
-    # diffusers keeps the number of heads under this name, one for all levels or one each.
-    heads = unet["attention_head_dim"]
-    return BaseConfig(
-        widths,
-        widths[0] // (heads if isinstance(heads, int) else heads[0]),
-        unet["cross_attention_dim"],
-        tuple(vae["block_out_channels"]),
-        vae["layers_per_block"],
-        norm_groups,
-    )
-
-
-def random_networks(widths: tuple[int, ...]) -> BaseConfig:
-    """Return SD 2.1's networks with another UNet: as wide as `widths`, autoencoder in proportion, text 1024 wide."""
-    if widths == SD21_NETWORKS.unet_widths:
-        return SD21_NETWORKS
-    if len(widths) != len(SD21_NETWORKS.unet_widths) or any(width < 32 for width in widths):
-        raise ValueError(f"--base_widths={','.join(map(str, widths))}: give four numbers of at least 32.")
-    head = next((channels for channels in (64, 32) if all(width % channels == 0 for width in widths)), 32)
-    first = max(32, SD21_NETWORKS.vae_widths[0] * widths[0] // SD21_NETWORKS.unet_widths[0] // 32 * 32)
-    try:
-        return BaseConfig(widths, head, SD21_NETWORKS.context_dim, (first, 2 * first, 4 * first, 4 * first), 2)
-    except ValueError as error:
-        raise ValueError(f"--base_widths={','.join(map(str, widths))}: {error}.") from error
-
-
-def networks_of(source: Path, widths: tuple[int, ...] = SD21_NETWORKS.unet_widths) -> BaseConfig:
-    """Return the sizes of the networks that `BaseModel.load` would read, without reading their weights.
-
-    Raises:
-        ValueError: there is no such base model.
-    """
-    if source == RANDOM and not source.exists():
-        return random_networks(widths)
-    if source.is_dir():
-        configs = []
-        for part in ("unet", "vae"):
-            _check_part(source, part)
-            configs.append(json.loads((source / part / "config.json").read_text(encoding="utf-8")))
-        _check_unet_config(source)
-        return layout(*configs)
-    header = read_safetensors_header(source, "Stable Diffusion 2.1-base")
-    if "clearsr.format" not in header.metadata:
-        return SD21_NETWORKS
-    networks = checkpoint.read(source).config.base
-    if networks is None:
-        raise ValueError(f"--base={source} is a ClearSR file without a base model. {HELP}")
-    return networks
-
-
-def _check_part(folder: Path, part: str) -> None:
-    """Refuse a folder whose part is missing or has no safetensors; then whole files, because diffusers says less."""
-    path = folder / part
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"--base={folder} has no {part}/config.json. Give a folder in diffusers' layout, the out folder of a "
-            "finished base stage, a .safetensors checkpoint, or --base=random for a trial run."
-        )
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"--base={folder} has no .safetensors in {part}; pickles (.bin, .ckpt) are not read.")
-    for file in files:
-        read_safetensors_header(file, f"{part} of Stable Diffusion 2.1-base")
-
-
 def _options(path: Path) -> dict[str, str | bool]:
     """Return how to read a part; repositories that hold half precision only mark it in the names of the files."""
     half = all(".fp16." in file.name for file in path.glob("*.safetensors"))
     options: dict[str, str | bool] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     return {**options, "variant": "fp16"} if half else options
-
-
-def _check_unet_config(folder: Path) -> None:
-    """Tell the models that are often given instead by their configuration, before gigabytes are read."""
-    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    found = None
-    if config.get("addition_embed_type") == "text_time" or (folder / "text_encoder_2").exists():
-        found = "SDXL"
-    elif config.get("cross_attention_dim") == 768:
-        found = "Stable Diffusion 1.x (its text is 768 wide)"
-    elif config.get("in_channels", 4) != 4:
-        found = f"an inpainting, depth or edit model with {config['in_channels']} input channels"
-    elif not config.get("use_linear_projection", False) or config.get("class_embed_type") is not None:
-        found = "no Stable Diffusion 2 model, by the configuration of its UNet"
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if found is None and scheduler.is_file():
-        prediction = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
-        if prediction != "epsilon":
-            found = f"a model with {prediction} (Stable Diffusion 2.1-768 is one); ClearSR needs epsilon"
-    if found is not None:
-        raise ValueError(f"--base={folder} is {found}. {HELP}")
-
-
-def _folder_null_text(folder: Path) -> Tensor:
-    """Return the empty prompt of a folder: stored, or made by its text encoder."""
-    if (folder / NULL_TEXT_FILE).is_file():
-        stored = load_file(folder / NULL_TEXT_FILE)
-        if "null_text" not in stored:
-            raise ValueError(f"{folder / NULL_TEXT_FILE} holds no tensor null_text. Please write it again.")
-        return stored["null_text"].float()
-    if not (folder / "text_encoder" / "config.json").is_file():
-        raise ValueError(
-            f"--base={folder} has neither {NULL_TEXT_FILE} nor text_encoder, one of which the empty prompt comes from. "
-            "Please copy the folder text_encoder of Stable Diffusion 2.1-base into it."
-        )
-    _check_part(folder, "text_encoder")
-    return empty_prompt.from_folder(folder / "text_encoder")

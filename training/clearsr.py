@@ -14,7 +14,8 @@ from clearsr_core.config import ControlConfig
 
 from . import degradation, metrics, models, provenance
 from .base import noise_schedule
-from .base_model import RANDOM, BaseModel, layout
+from .base_files import RANDOM, layout
+from .base_model import BaseModel
 from .batches import Ahead, DataSettings
 from .checkpointing import Checkpointing, checkpoint_blocks
 from .clearsr_file import export, is_contained, latent_rgb

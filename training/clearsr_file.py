@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from clearsr_core import checkpoint
-from clearsr_core.checkpoint import Checkpoint, CheckpointError
+from clearsr_core.checkpoint import Checkpoint
 from clearsr_core.config import SD21_NETWORKS, ClearSRConfig
 from clearsr_core.fingerprint import unet_fingerprint
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 from clearsr_core.whole_files import replacing
 
 from . import model_card, models
-from .base_model import layout
+from .base_files import layout
 from .clearsr_model import ClearSRModel
 from .code_version import code_version
 
@@ -122,28 +122,7 @@ def export(
     stored = Checkpoint(config, notes, plain)
     with replacing(path) as unverified:
         checkpoint.write(unverified, stored)
-        verify(unverified, stored, path)
+        checkpoint.verify(unverified, stored, path)
     card = model_card.write(path, stored, overwrite_card)
     log.info("Wrote %s (%.1f MB) and %s.", path, path.stat().st_size / 1e6, card.name)
     log.info("Put the file into ComfyUI/models/clearsr; fill in the licence in the card before you share it.")
-
-
-def verify(path: Path, meant: Checkpoint, target: Path) -> None:
-    """Compare a file with what was to be written: configuration, notes, and every number, bit for bit.
-
-    Raises:
-        CheckpointError: something differs; the message says what.
-    """
-    found = checkpoint.read(path)
-    differing = [name for name in ("config", "training") if getattr(found, name) != getattr(meant, name)]
-    for part in sorted(meant.tensors.keys() | found.tensors.keys()):
-        here, there = meant.tensors.get(part, {}), found.tensors.get(part, {})
-        for name in sorted(here.keys() | there.keys()):
-            same = name in here and name in there and here[name].dtype == there[name].dtype
-            if not same or not torch.equal(here[name], there[name]):
-                differing.append(f"{part}.{name}".rstrip("."))
-    if differing:
-        raise CheckpointError(
-            f"{target} reads back other than it was written ({', '.join(differing[:3])}; {len(differing)} in all) and "
-            "was not put in place. The disk may be damaged: please export to another one."
-        )

@@ -149,7 +149,7 @@ def help_text(about: str, kind: type, *tables: dict[str, Any], width: int = 100)
     lines = [inspect.cleandoc(about), "", "Settings, in any order:", ""]
     for field in dataclasses.fields(kind):
         default = given.get(field.name, _default(field))
-        lines.append(f"  --{field.name}={_values(hints[field.name])}{_shown(default)}")
+        lines.append(f"  --{field.name.rstrip('_')}={_values(hints[field.name])}{_shown(default)}")
         lines += textwrap.wrap(said.get(field.name, ""), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines) + "\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import keyword
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_type_hints
@@ -95,7 +96,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
         key, separator, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not separator:
             raise ConfigError(f"Cannot read {argument!r}: settings are written --key=value, and --help lists them.")
-        overrides[key.replace("-", "_")] = value
+        key = key.replace("-", "_")
+        overrides[f"{key}_" if keyword.iskeyword(key) else key] = value
     return overrides
 
 
@@ -144,7 +146,7 @@ def build(kind: type[Settings], *tables: dict[str, Any]) -> Settings:
                 nearest = difflib.get_close_matches(key, hints, n=1)
                 suggestion = f" Did you mean --{nearest[0]}?" if nearest else f" Known: {', '.join(sorted(hints))}."
                 raise ConfigError(f"Unknown setting --{key} for {kind.__name__}.{suggestion}")
-            merged[key] = _convert(key, value, hints[key])
+            merged[key] = _convert(key.rstrip("_"), value, hints[key])
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     missing = [
         field.name

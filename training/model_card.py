@@ -86,6 +86,7 @@ def card(name: str, size: int, stored: Checkpoint) -> str:
         stored: what is in it.
     """
     config, training = stored.config, stored.training
+    imported: dict[str, str] | None = training.get("imported")
     counts = {
         part: sum(tensor.numel() for key, tensor in stored.tensors[part].items() if not key.endswith(".alpha"))
         for part in _PARTS
@@ -94,16 +95,21 @@ def card(name: str, size: int, stored: Checkpoint) -> str:
     dtype = str(next(iter(stored.tensors["null_text"].values())).dtype).removeprefix("torch.")
     facts = [
         ("Task", "enlarging small, blurred, noisy or compressed photographs four times"),
-        ("Method", "ClearSR (arXiv 2410.14279)"),
+        ("Method", imported["network"] if imported else "ClearSR (arXiv 2410.14279)"),
         ("Base", _base(config)),
         ("File", f"safetensors, {dtype}, {size / 1e6:.1f} MB"),
         ("Parameters", f"{sum(counts.values()) / 1e6:.2f} M"),
-        ("Licence", "**to be filled in** (it also depends on the base model and on the photographs)"),
+        (
+            "Licence",
+            f"{imported['licence']}; the base model has its own"
+            if imported
+            else "**to be filled in** (it also depends on the base model and on the photographs)",
+        ),
     ]
     parts = [(_PARTS[part], f"{count:,}") for part, count in counts.items()]
     sections = [
-        f"# {Path(name).stem}\n\nA ClearSR model for ComfyUI.\n\n{_table(('', ''), facts)}",
-        f"## Use\n\n{_use(name, config)}",
+        f"# {Path(name).stem}\n\n{_what(imported)}\n\n{_table(('', ''), facts)}",
+        f"## Use\n\n{_use(name, config, imported)}",
         "## Intended use and limits\n\n"
         "For making photographs larger and clearer. Like every diffusion upscaler it invents detail: its pictures are\n"
         "no evidence, no basis of a diagnosis, and no means to identify people. What it has not seen in training it\n"
@@ -111,10 +117,33 @@ def card(name: str, size: int, stored: Checkpoint) -> str:
         "trained for them.\n",
         f"## Configuration\n\n{_method(config, training.get('settings', {}))}",
         f"## Parameters\n\n{_table(('Part', 'Numbers'), parts)}",
-        f"## Training\n\n{_training(training)}",
-        f"## Figures\n\n{_figures(training.get('metrics', {}))}",
     ]
+    if imported:
+        sections.append(f"## Origin\n\n{_table(('', ''), _origin(training))}")
+    else:
+        sections.append(f"## Training\n\n{_training(training)}")
+        sections.append(f"## Figures\n\n{_figures(training.get('metrics', {}))}")
     return "\n".join(sections) + "\n"
+
+
+def _what(imported: dict[str, str] | None) -> str:
+    if not imported:
+        return "A ClearSR model for ComfyUI."
+    return (
+        f"The control network of {imported['network']} as a file for the ClearSR nodes of ComfyUI. It is not a ClearSR "
+        "model:\nit has neither SPM nor window attention nor LoRA. The weights are unchanged; only their names differ."
+    )
+
+
+def _origin(training: dict[str, Any]) -> list[tuple[str, str]]:
+    imported = training["imported"]
+    return [
+        ("Network", imported["network"]),
+        ("Authors", imported["authors"]),
+        ("Imported file", f"`{imported['file']}`"),
+        ("SHA-256 of that file", f"`{imported['sha256']}`"),
+        ("Code", f"version {training['code']}"),
+    ]
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
@@ -136,7 +165,7 @@ def _needs_clip(config: ClearSRConfig) -> bool:
     return config.prompt_mode != "null" and not config.image_encoder
 
 
-def _use(name: str, config: ClearSRConfig) -> str:
+def _use(name: str, config: ClearSRConfig, imported: dict[str, str] | None) -> str:
     steps = [f"Put `{name}` into `ComfyUI/models/clearsr` and choose it in **ClearSR Loader**."]
     if config.base is None:
         steps.append("Connect MODEL and VAE of Stable Diffusion 2.1-base (Load Checkpoint) to the loader.")
@@ -144,16 +173,23 @@ def _use(name: str, config: ClearSRConfig) -> str:
         steps.append("Nothing else is needed: leave the loader's model and vae unconnected.")
     if _needs_clip(config):
         steps.append("Connect CLIP Vision Encode (CLIP ViT-H/14, `crop = none`, on the IMAGE of LR Latent Encode).")
+    if imported:
+        return _numbered([*steps, "Open the workflow `restore_sd21_diffbir`, which has the settings it was made for."])
     steps.append(
         "LR Latent Encode, DPM/SPM Control Apply, LSA KSampler, VAE Decode, ClearSR Color Fix: the workflow "
         + ("`clearsr_x4`." if config.base is not None else "`clearsr_x4_sd21`.")
     )
+    return _numbered(steps)
+
+
+def _numbered(steps: list[str]) -> str:
     return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, start=1)) + "\n"
 
 
 def _method(config: ClearSRConfig, settings: dict[str, Any]) -> str:
     control = config.control
     networks = " and ".join(name for name, used in (("DPM", control.use_dpm), ("SPM", control.use_spm)) if used)
+    text = "" if control.control_text == "null" else " It reads the text of each conditioning."
     seen = "x_lr alone" if control.control_input == "lr" else "the noisy latent with x_lr added"
     time = "at every step anew" if control.control_time == "t" else f"once, at timestep {control.fixed_timestep}"
     prompts = {
@@ -170,7 +206,7 @@ def _method(config: ClearSRConfig, settings: dict[str, Any]) -> str:
     with_lora = config.anchor == "lr_encoder" and "vae_lora" in adapted
     anchor = "the encoder with LoRA" if with_lora else "the plain encoder"
     lines = [
-        f"Control by {networks}, which see {seen}; computed {time}.",
+        f"Control by {networks}, which see {seen}; computed {time}.{text}",
         _windows(control),
         f"LoRA of rank {config.lora_rank} on {' and on '.join(places[key] for key in adapted)}."
         if adapted

@@ -25,7 +25,8 @@ from clearsr_core.config import BaseConfig
 from . import models, optimizer
 from .autoencoder import AutoencoderSettings, AutoencoderStage, CropBatch, Reconstruction
 from .base import BaseSettings, BaseStage, LatentBatch, NoisePrediction, noise_schedule
-from .base_model import BaseModel, networks_of
+from .base_files import networks_of
+from .base_model import BaseModel
 from .batches import DataSettings
 from .checkpointing import checkpoint_blocks
 from .clearsr import ClearSRObjective, ClearSRSettings, ClearSRStage, PairBatch, control_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clearsr_core.config import SD21_NETWORKS, BaseConfig, ControlConfig
-from clearsr_core.key_maps import unet_from_host, unet_to_host, vae_from_host, vae_to_host
+from clearsr_core.key_maps import rename, unet_from_host, unet_prefixes, unet_to_host, vae_from_host, vae_to_host
 from clearsr_core.safetensors_header import FLOATS, SafetensorsHeader, read_safetensors_header
 from clearsr_core.shapes import unet_shapes, vae_shapes
 
@@ -21,6 +21,8 @@ _CROSS_ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 # models of 768 px, far below in those of 512 px.
 SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_PREDICTION_SPREAD = 0.09
+_LAST_ALPHA = 1e-3  # SD's schedule ends at 0.0047, one with zero terminal SNR at 0
+ZERO_SNR = "zero terminal SNR (its noise schedule ends in pure noise); ClearSR needs Stable Diffusion's own schedule"
 
 
 def read_single_file(
@@ -36,31 +38,63 @@ def read_single_file(
     Raises:
         ValueError: the file is damaged, or of another kind or size; one sentence that says which, and what to do.
     """
-    header = read_safetensors_header(path, "Stable Diffusion 2.1-base")
-    _refuse_other_models(path, header, networks)
-    control = ControlConfig(
+    keys, control = _checked_keys(path, networks), _control(networks)
+    unet, vae, text = (_tensors(path, prefix, keys[prefix]) for prefix in (UNET, VAE, TEXT))
+    refuse_v_prediction(path, unet.get(SPREAD), networks.unet_widths)
+    return unet_from_host(unet, control), vae_from_host(vae, networks), text
+
+
+def read_part_of_single_file(
+    path: Path, networks: BaseConfig, unet_names: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return some weights of the UNet, in diffusers' names, and the text encoder: as `read_single_file` otherwise."""
+    keys, prefixes = _checked_keys(path, networks), unet_prefixes(_control(networks))
+    host_names = {name: rename(name, prefixes) for name in unet_names}
+    unet = _tensors(path, UNET, list(host_names.values()))
+    return {name: unet[key] for name, key in host_names.items()}, _tensors(path, TEXT, keys[TEXT])
+
+
+def _control(networks: BaseConfig) -> ControlConfig:
+    return ControlConfig(
         widths=networks.unet_widths,
         head_channels=networks.head_channels,
         context_dim=networks.context_dim,
         norm_groups=networks.norm_groups,
     )
+
+
+def _checked_keys(path: Path, networks: BaseConfig) -> dict[str, list[str]]:
+    """Check kind, names and shapes; return the keys to read under each prefix, without it."""
+    header = read_safetensors_header(path, "Stable Diffusion 2.1-base")
+    _refuse_other_models(path, header, networks)
+    control = _control(networks)
     on_meta = {name: torch.empty(shape, device="meta") for name, shape in unet_shapes(control).items()}
     unet_keys = unet_to_host(on_meta, control)
     on_meta = {name: torch.empty(shape, device="meta") for name, shape in vae_shapes(networks).items()}
     vae_keys = vae_to_host(on_meta, networks)
     _check_shapes(path, header, UNET, unet_keys)
     _check_shapes(path, header, VAE, vae_keys)
+    _refuse_zero_snr(path, header)
     text_keys = [key.removeprefix(TEXT) for key in header.shapes if key.startswith(TEXT)]
+    return {UNET: list(unet_keys), VAE: list(vae_keys), TEXT: text_keys}
+
+
+def _tensors(path: Path, prefix: str, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Return the weights under a prefix, without it, float32."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            unet, vae, text = (
-                {key: file.get_tensor(prefix + key).float() for key in keys}
-                for prefix, keys in ((UNET, list(unet_keys)), (VAE, list(vae_keys)), (TEXT, text_keys))
-            )
+            return {key: file.get_tensor(prefix + key).float() for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}). Please download or copy it again.") from error
-    refuse_v_prediction(path, unet.get(SPREAD), networks.unet_widths)
-    return unet_from_host(unet, control), vae_from_host(vae, networks), text
+
+
+def _refuse_zero_snr(path: Path, header: SafetensorsHeader) -> None:
+    """Refuse a model whose noise schedule ends in pure noise, where the file says so."""
+    marked = "ztsnr" in header.shapes  # the mark that hosts write
+    if not marked and "alphas_cumprod" in header.shapes:
+        marked = float(_tensors(path, "", ["alphas_cumprod"])["alphas_cumprod"].flatten()[-1]) < _LAST_ALPHA
+    if marked:
+        raise ValueError(f"{path} is a model with {ZERO_SNR}. {HELP}")
 
 
 def refuse_v_prediction(path: Path, spread_bias: Tensor | None, widths: Sequence[int]) -> None:

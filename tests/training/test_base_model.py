@@ -15,7 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from clearsr_core.config import SD21_NETWORKS, BaseConfig, ControlConfig
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 from training import empty_prompt
-from training.base_model import RANDOM, BaseModel, random_networks
+from training.base_files import RANDOM, random_networks
+from training.base_model import BaseModel
 from training.single_file import TEXT, UNET, VAE, refuse_v_prediction
 
 TINY = BaseConfig((32, 32, 32, 32), 16, 16, (32, 32, 32, 32), 1)
