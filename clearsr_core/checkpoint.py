@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from .shapes import ANY, checkpoint_shapes
 from .whole_files import replacing
 
 FORMAT = 1
+_AT_ONCE = 64  # tensors that are compared before the file is closed and opened again
 PARTS = (
     "dpm",
     "spm",
@@ -74,13 +75,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     header, raw = _read_checked(path)
     tensors: dict[str, dict[str, Tensor]] = {}
-    try:
-        with cast("Any", safe_open)(path, framework="pt", device="cpu") as file:
-            for key in raw.shapes:
-                part, name = _split(key)
-                tensors.setdefault(part, {})[name] = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Please download or copy it again.") from error
+    for key, value in _tensors(path, raw.shapes).items():
+        part, name = _split(key)
+        tensors.setdefault(part, {})[name] = value
     _check_finite(str(path), tensors)
     return Checkpoint(header.config, header.training, tensors)
 
@@ -120,7 +117,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
 def verify(path: Path, meant: Checkpoint, target: Path) -> None:
     """Compare a file with what was to be written: configuration, notes, and every number, bit for bit.
 
-    One tensor is read at a time, so that a large file needs little memory.
+    Few tensors are read at a time, so that a large file needs little memory.
 
     Args:
         path: the file, under a temporary name.
@@ -133,11 +130,13 @@ def verify(path: Path, meant: Checkpoint, target: Path) -> None:
     header, raw = _read_checked(path)
     differing = [name for name in ("config", "training") if getattr(header, name) != getattr(meant, name)]
     wanted = {_join(part, name): value for part, table in meant.tensors.items() for name, value in table.items()}
-    for key in sorted(raw.shapes.keys() | wanted.keys()):
-        value = wanted.get(key)
-        found = _tensor(path, key) if key in raw.shapes else None
-        if value is None or found is None or found.dtype != value.dtype or not torch.equal(found, value.cpu()):
-            differing.append(key)
+    differing += sorted(raw.shapes.keys() ^ wanted.keys())
+    both = sorted(raw.shapes.keys() & wanted.keys())
+    for start in range(0, len(both), _AT_ONCE):
+        keys = both[start : start + _AT_ONCE]
+        for key, found in _tensors(path, keys).items():
+            if found.dtype != wanted[key].dtype or not torch.equal(found, wanted[key].cpu()):
+                differing.append(key)
     if differing:
         raise CheckpointError(
             f"{target} reads back other than it was written ({', '.join(differing[:3])}; {len(differing)} in all) and "
@@ -145,11 +144,11 @@ def verify(path: Path, meant: Checkpoint, target: Path) -> None:
         )
 
 
-def _tensor(path: Path, key: str) -> Tensor:
-    """Read one tensor; the file is closed again, which gives back the memory that it was mapped into."""
+def _tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Read tensors by their keys to the CPU; what they are mapped into is given back with the last of them."""
     try:
         with cast("Any", safe_open)(path, framework="pt", device="cpu") as file:
-            return file.get_tensor(key)
+            return {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}). Please download or copy it again.") from error
 

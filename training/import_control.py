@@ -215,10 +215,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK\x03\x04"))
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        held = f"code ({code.group(1)})" if code else "more than weights"
+        what = f"a pickle that holds code ({code.group(1)})" if code else "damaged, or a pickle of more than weights"
         raise ValueError(
-            f"{path} is a pickle that holds {held}, so it was refused, and nothing of it was run. Please get the "
-            "weights from their authors, or convert the file to .safetensors where you trust it."
+            f"{path} is {what}, so it was refused, and nothing of it was run. Please get the weights from their "
+            "authors, or convert the file to .safetensors where you trust it."
         ) from None
     except Exception as error:  # whatever a damaged archive makes torch raise
         first = (str(error) or type(error).__name__).splitlines()[0]

@@ -101,23 +101,22 @@ def test_a_file_that_reads_back_otherwise_is_not_put_in_place(
 ) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"the one before")
-    read = checkpoint.read
+    write = checkpoint.write
 
-    def damaged(path: Path) -> Checkpoint:
-        found = read(path)
-        if path.name.startswith(".out"):
-            weights = found.tensors["spm"]
-            if damage == "number":
-                weights["conv_in.bias"][0] += 1
-            elif damage == "dtype":
-                weights["conv_in.bias"] = weights["conv_in.bias"].float()
-            elif damage == "config":
-                return Checkpoint(ClearSRConfig(), found.training, found.tensors)
-            else:
-                return Checkpoint(found.config, {}, found.tensors)
-        return found
+    def damaged(path: Path, stored: Checkpoint) -> None:
+        bias, config, training = stored.tensors["spm"]["conv_in.bias"].clone(), stored.config, stored.training
+        if damage == "number":
+            bias[0] += 1
+        elif damage == "dtype":
+            bias = bias.float()
+        elif damage == "config":
+            config = dataclasses.replace(config, anchor="plain")
+        else:
+            training = {}
+        spm = stored.tensors["spm"] | {"conv_in.bias": bias}
+        write(path, Checkpoint(config, training, stored.tensors | {"spm": spm}))
 
-    monkeypatch.setattr(checkpoint, "read", damaged)
+    monkeypatch.setattr(checkpoint, "write", damaged)
     assert export.main(arguments(chain, out)) == 1
     what = {"number": "spm.conv_in.bias", "dtype": "spm.conv_in.bias"}.get(damage, damage)
     assert f"{out} reads back other than it was written ({what}; 1 in all)" in caplog.text
