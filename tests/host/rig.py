@@ -150,7 +150,7 @@ def tiny_config(**changes: Any) -> Any:
 
     config = module("clearsr_core.config")
     control = {key.removeprefix("control_"): value for key, value in changes.items() if key.startswith("control_")}
-    control = {("control_" + key if key in ("input", "time") else key): value for key, value in control.items()}
+    control = {("control_" + key if key in ("input", "time", "text") else key): value for key, value in control.items()}
     rest = {key: value for key, value in changes.items() if not key.startswith("control_")}
     values = {
         # Other norm groups than the host builds. Wider than TINY where 8 x 8 latents become one pixel.
