@@ -173,6 +173,95 @@ Without them, use the workflow *clearsr_x4*.
     ),
 )
 
+DIFFBIR_POSITIVE = "a sharp, highly detailed photograph, natural light, fine texture"
+DIFFBIR_NEGATIVE = "blurry, noisy, JPEG artifacts, oversmoothed, oil painting, drawing, watermark"
+_DIFFBIR_FILES = """Three files that this pack does not bring:
+
+- **SD 2.1-base** (512 px, eps-prediction), in `models/checkpoints`
+- **diffbir-v2.safetensors**, in `models/clearsr`. Make it from DiffBIR's public `v2.pth` (1.45 GB, Apache-2.0) with \
+`training/import_control.py`; the pack's docs/FULL_SIZE.md has the command.
+- an **upscale model**, in `models/upscale_models`
+
+There is no thumbnail: nobody has run this workflow with the real weights here. The functions are proven equal to \
+DiffBIR's; the image is yours to check.
+"""
+
+
+def _restore_with_diffbir(steps: int, about: str) -> Graph:
+    """DiffBIR's imported control network on SD 2.1-base, with the settings that it was made for."""
+    nodes = _upscale(
+        checkpoint="diffbir-v2.safetensors",
+        base={"base": Node("CheckpointLoaderSimple", {"ckpt_name": "v2-1_512-ema-pruned.safetensors"}, "SD 2.1-base")},
+        clip=None,
+        prefix="DiffBIR",
+        sampling={
+            "steps": steps,
+            "cfg": 4.0,
+            "sampler_name": "ddpm",
+            "scheduler": "ddpm_linspace",
+            "alpha": 0.0,
+            "beta": 0.0,
+            "start_from_lr": False,
+            "positive": Link("positive"),
+            "negative": Link("negative"),
+        },
+    )
+    nodes["encode"] = Node("ClearSRLREncode", {"clearsr": Link("loader", 2), "image": Link("restored"), "scale": 1.0})
+    nodes["compare"] = Node("PreviewImage", {"images": Link("encode", 1)}, "After stage 1")
+    extra = {
+        "stage1": Node("UpscaleModelLoader", {"model_name": "BSRNet.pth"}, "Stage 1: any 4x upscale model"),
+        "restored": Node(
+            "ImageUpscaleWithModel", {"upscale_model": Link("stage1"), "image": Link("image")}, "Stage 1: restore"
+        ),
+        "positive": Node("CLIPTextEncode", {"clip": Link("base", 1), "text": DIFFBIR_POSITIVE}, "Positive"),
+        "negative": Node("CLIPTextEncode", {"clip": Link("base", 1), "text": DIFFBIR_NEGATIVE}, "Negative"),
+    }
+    return Graph(
+        nodes=nodes | extra,
+        notes={
+            "about": Note("Restore with DiffBIR on SD 2.1-base", about, height=620),
+            "stage1_note": Note(
+                "Stage 1",
+                """Removes noise and blur before the diffusion model draws detail. BSRNet is what DiffBIR v2 uses; any \
+4x upscale model of ComfyUI works (Real-ESRGAN, SwinIR).
+
+**A model that does not enlarge** (SCUNet): set `scale` of *LR Latent Encode* to 4.
+
+**No upscale model:** select both boxes, press Ctrl+B, and set `scale` to 4. Noisy images come out worse.
+""",
+                height=300,
+            ),
+            "settings": Note(
+                "Settings",
+                """DiffBIR was made for these: `ddpm_linspace`, 50 steps, cfg 4, `start_from_lr` off, positive and \
+negative text. *LSA KSampler* warns if a run differs so much that the result is worse.
+
+**alpha** above 0 keeps the result closer to the stage 1 image, **beta** above 0 sharpens. Start with 0.01.
+
+**dpm_strength** of *DPM/SPM Control Apply*: below 1 the result is freer.
+""",
+                height=320,
+            ),
+        },
+        columns=(
+            Column("1  Image", ("about", "image")),
+            Column("2  Stage 1", ("stage1", "restored", "stage1_note"), width=360),
+            Column("3  Model and text", ("base", "loader", "positive", "negative"), width=380),
+            Column("4  Control and sampling", ("encode", "control", "sampler"), width=360),
+            Column("5  Decoding", ("decode", "colour", "settings")),
+            Column("Before", ("compare",), width=520),
+            Column("After", ("save",), width=520),
+        ),
+    )
+
+
+RESTORE_SD21_DIFFBIR = _restore_with_diffbir(
+    50, "DiffBIR's control network, not a ClearSR model: 50 steps, the authors' settings.\n\n" + _DIFFBIR_FILES
+)
+RESTORE_SD21_DIFFBIR_FAST = _restore_with_diffbir(
+    20, "DiffBIR's control network, not a ClearSR model: 20 steps, 2.5 times as fast.\n\n" + _DIFFBIR_FILES
+)
+
 LSA_ANY_MODEL = Graph(
     nodes={
         "image": Node("LoadImage", {"image": "example.png"}, "Picture"),
@@ -226,4 +315,10 @@ Choose your own checkpoint; any sampler and scheduler will do.
     ),
 )
 
-GRAPHS = {"clearsr_x4": CLEARSR_X4, "clearsr_x4_sd21": CLEARSR_X4_SD21, "lsa_any_model": LSA_ANY_MODEL}
+GRAPHS = {
+    "clearsr_x4": CLEARSR_X4,
+    "clearsr_x4_sd21": CLEARSR_X4_SD21,
+    "lsa_any_model": LSA_ANY_MODEL,
+    "restore_sd21_diffbir": RESTORE_SD21_DIFFBIR,
+    "restore_sd21_diffbir_fast": RESTORE_SD21_DIFFBIR_FAST,
+}

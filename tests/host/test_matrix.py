@@ -34,10 +34,38 @@ OTHER = conditioning(6)
 both = pytest.mark.parametrize("how", HOW)
 
 
+FILES = {
+    "ClearSR": {},
+    "imported": {
+        "control_input": "lr+xt",
+        "control_text": "conditioning",
+        "control_use_spm": False,
+        "control_window_attention": False,
+        "lora_rank": 0,
+        "prompt_mode": "null",
+        "image_encoder": False,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def config(request):
+    """What is controlled with: a file of this pack's training, and one with DiffBIR's control network."""
+    return rig.tiny_config(**FILES[request.param])
+
+
 @pytest.fixture(scope="module")
-def tall(tiny):
+def loaded(config):
+    """Each kind of control, loaded: name, model, vae, clearsr."""
+    name = rig.write("matrix.safetensors", rig.tiny_checkpoint(config))
+    model, vae, clearsr = rig.run("ClearSRLoader", checkpoint=name)
+    return {"name": name, "model": model, "vae": vae, "clearsr": clearsr}
+
+
+@pytest.fixture(scope="module")
+def tall(loaded):
     """x_lr of one picture, 24 x 16 latent."""
-    latent, _ = rig.run("ClearSRLREncode", clearsr=tiny["clearsr"], image=rig.images(1, 48, 32), scale=4.0)
+    latent, _ = rig.run("ClearSRLREncode", clearsr=loaded["clearsr"], image=rig.images(1, 48, 32), scale=4.0)
     assert latent["samples"].shape == (1, 4, HEIGHT, WIDTH)
     return latent
 
@@ -48,18 +76,18 @@ def noise(tall):
 
 
 @pytest.fixture(scope="module")
-def plain(tiny, tall, noise):
+def plain(loaded, tall, noise):
     """The prediction of each way with nothing beside the control."""
-    return {how: predict(apply(tiny, tall, **settings), noise, cfg=2.0) for how, settings in HOW.items()}
+    return {how: predict(apply(loaded, tall, **settings), noise, cfg=2.0) for how, settings in HOW.items()}
 
 
 @pytest.fixture(autouse=True)
-def left_as_it_was(tiny, tall, noise, plain):
+def left_as_it_was(loaded, tall, noise, plain):
     """After every cell: nothing hangs on the MODEL, and the plain run gives the same bits as before."""
     yield
-    assert not any(tiny["model"].wrappers.values()) and tiny["model"].get_additional_models() == []
-    assert set(tiny["model"].model_options) == {"transformer_options"}
-    assert torch.equal(predict(apply(tiny, tall, **HOW["tiles"]), noise, cfg=2.0), plain["tiles"])
+    assert not any(loaded["model"].wrappers.values()) and loaded["model"].get_additional_models() == []
+    assert set(loaded["model"].model_options) == {"transformer_options"}
+    assert torch.equal(predict(apply(loaded, tall, **HOW["tiles"]), noise, cfg=2.0), plain["tiles"])
 
 
 def close(one, other, tolerance=1e-3):
@@ -81,9 +109,9 @@ LORA_KEYS = (
 
 
 @pytest.fixture(scope="module")
-def lora(tiny):
+def lora(config):
     """An ordinary LoRA file, and the model that has it in its weights."""
-    checkpoint = rig.tiny_checkpoint(rig.tiny_config())
+    checkpoint = rig.tiny_checkpoint(config)
     generator, file = torch.Generator().manual_seed(21), {}
     for key in LORA_KEYS:
         weight = checkpoint.tensors["base.unet"][key]
@@ -102,16 +130,16 @@ def lora(tiny):
 
 @both
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_lora(tiny, tall, noise, plain, lora, how, order) -> None:
+def test_lora(loaded, tall, noise, plain, lora, how, order) -> None:
     """A LoRA before or behind the control is the model with that LoRA in its weights."""
 
     def add(model):
         return rig.run("LoraLoaderModelOnly", model=model, lora_name="ordinary.safetensors", strength_model=0.8)
 
     if order == "before":
-        model = apply(tiny, tall, model=add(tiny["model"]), **HOW[how])
+        model = apply(loaded, tall, model=add(loaded["model"]), **HOW[how])
     else:
-        model = add(apply(tiny, tall, **HOW[how]))
+        model = add(apply(loaded, tall, **HOW[how]))
     result = predict(model, noise, cfg=2.0)
     close(result, predict(apply(lora, tall, **HOW[how]), noise, cfg=2.0))
     assert differs(result, plain[how])
@@ -119,23 +147,23 @@ def test_lora(tiny, tall, noise, plain, lora, how, order) -> None:
 
 @both
 @pytest.mark.parametrize("node", ["FreeU", "FreeU_V2"])
-def test_freeu(tiny, tall, noise, plain, how, node) -> None:
+def test_freeu(loaded, tall, noise, plain, how, node) -> None:
     """Before and behind the control are one; in tiles each tile is what it is alone."""
 
     def free(model):
         # The tiny model has no level of four times its width, where b1 and s1 act.
         return rig.run(node, model=model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)
 
-    result = predict(free(apply(tiny, tall, **HOW[how])), noise, cfg=2.0)
-    assert torch.equal(result, predict(apply(tiny, tall, model=free(tiny["model"]), **HOW[how]), noise, cfg=2.0))
+    result = predict(free(apply(loaded, tall, **HOW[how])), noise, cfg=2.0)
+    assert torch.equal(result, predict(apply(loaded, tall, model=free(loaded["model"]), **HOW[how]), noise, cfg=2.0))
     assert differs(result, plain[how])
     if how == "tiles":
-        close(result, by_hand(tiny, tall, noise, CUT, patched=free, cfg=2.0))
+        close(result, by_hand(loaded, tall, noise, CUT, patched=free, cfg=2.0))
 
 
-def test_compiled(tiny, tall, noise, plain) -> None:
+def test_compiled(loaded, tall, noise, plain) -> None:
     """TorchCompileModel behind the control: both act; the MODEL before it stays as it is. test_large.py also traces."""
-    controlled = apply(tiny, tall)
+    controlled = apply(loaded, tall)
     compiled = rig.run("TorchCompileModel", model=controlled, backend="inductor")
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(predict(compiled, noise, cfg=2.0), plain["one piece"])
@@ -165,17 +193,17 @@ def halves(model, noise, negative=NEGATIVE):
 
 
 @both
-def test_guidance_is_of_the_whole_picture(tiny, tall, noise, plain, how) -> None:
-    model = apply(tiny, tall, **HOW[how])
+def test_guidance_is_of_the_whole_picture(loaded, tall, noise, plain, how) -> None:
+    model = apply(loaded, tall, **HOW[how])
     positive, negative = halves(model, noise)
     close(model_units(model, plain[how]), negative + 2.0 * (positive - negative))
     close(model_units(model, predict(model, noise, cfg=1.0)), positive)
 
 
 @both
-def test_rescale_cfg(tiny, tall, noise, plain, how) -> None:
+def test_rescale_cfg(loaded, tall, noise, plain, how) -> None:
     """The spread of the whole v-prediction is rescaled, not that of each tile."""
-    model, sigma, share = apply(tiny, tall, **HOW[how]), 3.0, 0.7
+    model, sigma, share = apply(loaded, tall, **HOW[how]), 3.0, 0.7
     result = predict(rig.run("RescaleCFG", model=model, multiplier=share), noise, cfg=2.0)
     x = noise * sigma  # the state, from which a latent of zeros was noised
     scale = (sigma**2 + 1) ** 0.5
@@ -198,9 +226,9 @@ def perpendicular(positive, negative, empty, cfg, scale):
 
 @both
 @pytest.mark.parametrize("node", ["PerpNegGuider", "PerpNeg"])
-def test_perp_neg(tiny, tall, noise, plain, how, node) -> None:
+def test_perp_neg(loaded, tall, noise, plain, how, node) -> None:
     """Three predictions; those of the negative and of the empty prompt read their own text in the decoder."""
-    model = apply(tiny, tall, **HOW[how])
+    model = apply(loaded, tall, **HOW[how])
     if node == "PerpNeg":
         patched = rig.run("PerpNeg", model=model, empty_conditioning=OTHER, neg_scale=0.7)
         result = predict(patched, noise, cfg=2.0)
@@ -227,9 +255,9 @@ def test_perp_neg(tiny, tall, noise, plain, how, node) -> None:
 
 
 @both
-def test_several_conditionings(tiny, tall, noise, how) -> None:
+def test_several_conditionings(loaded, tall, noise, how) -> None:
     """Two of full strength count alike."""
-    model = apply(tiny, tall, **HOW[how])
+    model = apply(loaded, tall, **HOW[how])
     combined = rig.run("ConditioningCombine", conditioning_1=POSITIVE, conditioning_2=OTHER)
     alone = [predict(model, noise, positive=one) for one in (POSITIVE, OTHER)]
     assert differs(*alone)
@@ -237,9 +265,9 @@ def test_several_conditionings(tiny, tall, noise, how) -> None:
 
 
 @both
-def test_mask_conditioning(tiny, tall, noise, how) -> None:
+def test_mask_conditioning(loaded, tall, noise, how) -> None:
     """Each pixel is the mean of the predictions by their masks."""
-    model = apply(tiny, tall, **HOW[how])
+    model = apply(loaded, tall, **HOW[how])
     mask = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(5)) * 0.8 + 0.1
     combined = [
         *rig.run("ConditioningSetMask", conditioning=POSITIVE, mask=mask, strength=1.0, set_cond_area="default"),
@@ -259,23 +287,23 @@ def left_and_right(height):
 
 
 @both
-def test_area_conditioning(tiny, tall, noise, how) -> None:
+def test_area_conditioning(loaded, tall, noise, how) -> None:
     """Two areas side by side: each is what its part of the picture, x_lr and tile is alone."""
-    result = predict(apply(tiny, tall, **HOW[how]), noise, positive=left_and_right(HEIGHT))
+    result = predict(apply(loaded, tall, **HOW[how]), noise, positive=left_and_right(HEIGHT))
     if how == "tiles":
-        expected = by_hand(tiny, tall, noise, CUT, make_positive=lambda tile: left_and_right(tile.height))
+        expected = by_hand(loaded, tall, noise, CUT, make_positive=lambda tile: left_and_right(tile.height))
     else:
         expected = torch.empty_like(noise)
         for part, text in ((slice(0, WIDTH // 2), POSITIVE), (slice(WIDTH // 2, WIDTH), OTHER)):
             entry = {**tall, "samples": tall["samples"][..., part]}
-            expected[..., part] = predict(apply(tiny, entry), noise[..., part].clone(), positive=text)
+            expected[..., part] = predict(apply(loaded, entry), noise[..., part].clone(), positive=text)
     close(result, expected)
 
 
 @both
-def test_timestep_range(tiny, tall, noise, how) -> None:
+def test_timestep_range(loaded, tall, noise, how) -> None:
     """A conditioning for the first half of the run and one for the second."""
-    model = apply(tiny, tall, **HOW[how])
+    model = apply(loaded, tall, **HOW[how])
     combined = [
         *rig.run("ConditioningSetTimestepRange", conditioning=POSITIVE, start=0.0, end=0.5),
         *rig.run("ConditioningSetTimestepRange", conditioning=OTHER, start=0.5, end=1.0),
@@ -284,9 +312,9 @@ def test_timestep_range(tiny, tall, noise, how) -> None:
         close(predict(model, noise, positive=combined, sigma=sigma), predict(model, noise, positive=text, sigma=sigma))
 
 
-def test_controlnet(tiny, tall, noise, plain, stock_controlnet, monkeypatch) -> None:
+def test_controlnet(loaded, tall, noise, plain, stock_controlnet, monkeypatch) -> None:
     """Two chained ControlNets beside ours: the UNet gets the sum of what each gives alone."""
-    network, given = tiny["model"].model.diffusion_model, []
+    network, given = loaded["model"].model.diffusion_model, []
     inner = network.forward
 
     def forward(x, *more, control=None, **options):
@@ -309,7 +337,7 @@ def test_controlnet(tiny, tall, noise, plain, stock_controlnet, monkeypatch) -> 
         return positive
 
     monkeypatch.setattr(network, "forward", forward)
-    controlled, alone = apply(tiny, tall), tiny["model"]
+    controlled, alone = apply(loaded, tall), loaded["model"]
     together = predict(controlled, noise, positive=chain(11, 12))
     for model, positive in ((controlled, POSITIVE), (alone, chain(11)), (alone, chain(12))):
         predict(model, noise, positive=positive)
@@ -326,29 +354,29 @@ def test_controlnet(tiny, tall, noise, plain, stock_controlnet, monkeypatch) -> 
 
 
 @both
-def test_one_picture_several_times(tiny, tall, how) -> None:
+def test_one_picture_several_times(loaded, tall, how) -> None:
     """x_lr repeated by a stock node, or x_lr of one picture under a larger batch: each row is what it is alone."""
     repeated = rig.run("RepeatLatentBatch", samples=tall, amount=2)
     noise = noise_like(repeated, seed=17)
     for latent in (repeated, tall):
-        result = predict(apply(tiny, latent, **HOW[how]), noise, cfg=2.0)
+        result = predict(apply(loaded, latent, **HOW[how]), noise, cfg=2.0)
         for row in range(2):
-            close(result[row : row + 1], predict(apply(tiny, tall, **HOW[how]), noise[row : row + 1], cfg=2.0))
+            close(result[row : row + 1], predict(apply(loaded, tall, **HOW[how]), noise[row : row + 1], cfg=2.0))
 
 
 @both
-def test_noise_mask_and_differential_diffusion(tiny, tall, how) -> None:
+def test_noise_mask_and_differential_diffusion(loaded, tall, how) -> None:
     """What the mask keeps is x_lr to the end; the gradient of Differential Diffusion is not that of a plain mask."""
     mask = torch.zeros(1, HEIGHT * 8, WIDTH * 8)
     mask[:, 64:128], mask[:, 128:] = 0.5, 1.0
     masked = rig.run("SetLatentNoiseMask", samples=tall, mask=mask)
-    model = apply(tiny, tall, **HOW[how])
+    model = apply(loaded, tall, **HOW[how])
     whole = sample(model, tall, cfg=2.0)
     results = [
         sample(one, masked, cfg=2.0)
         for one in (
             rig.run("DifferentialDiffusion", model=model),
-            apply(tiny, tall, model=rig.run("DifferentialDiffusion", model=tiny["model"]), **HOW[how]),
+            apply(loaded, tall, model=rig.run("DifferentialDiffusion", model=loaded["model"]), **HOW[how]),
             model,
         )
     ]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.host
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(GRAPHS)
 # Inputs that name a file: which files there are is the user's business.
-FILES = {"ckpt_name", "clip_name", "checkpoint", "image"}
+FILES = {"ckpt_name", "clip_name", "checkpoint", "image", "model_name"}
 
 
 def read(path: Path) -> dict:
