@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tools import full_size, hosts, memory_estimate, server
-from tools.demo import picture_work
+from tools.demo import only_node, picture_work
 from tools.hosts import Host
 from tools.server import Run
 from tools.terminal import ToolError
@@ -40,6 +40,22 @@ RUN = Run(
     ],
     seconds=19.5,
 )
+
+
+def test_stage_1_is_left_out_of_a_workflow_that_has_one() -> None:
+    for name in full_size.WORKFLOWS:
+        prompt = full_size.shipped(name)
+        kinds = {node["class_type"] for node in prompt.values()}
+        assert not kinds & {"UpscaleModelLoader", "ImageUpscaleWithModel"}
+        encode = only_node(prompt, "ClearSRLREncode")[1]
+        assert encode["image"] == [only_node(prompt, "LoadImage")[0], 0] and encode["scale"] == 4.0
+        links = [value[0] for node in prompt.values() for value in node["inputs"].values() if isinstance(value, list)]
+        assert set(links) <= prompt.keys()
+
+
+def test_an_imported_file_that_is_not_there_is_not_drawn(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=r"python -m training\.import_control"):
+        full_size.ensure_models(full_size.shipped("restore_sd21_diffbir"), tmp_path, Path(sys.executable))
 
 
 def test_time_goes_to_the_node_that_ran() -> None:
@@ -71,17 +87,17 @@ def test_only_missing_models_are_made(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(full_size.subprocess, "run", lambda command, **_options: asked.append(command) or done)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "v2-1_512-ema-pruned.safetensors").touch()
-    full_size.ensure_models(tmp_path, Path("python"))
+    full_size.ensure_models(full_size.shipped("clearsr_x4_sd21"), tmp_path, Path("python"))
     assert asked == [["python", "-m", "training.full_size", f"--out={tmp_path}", "--parts=clearsr,clip_vision"]]
     for name in ("clearsr/clearsr-sd21", "clip_vision/CLIP-ViT-H-14-laion2B-s32B-b79K"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.safetensors").touch()
-    full_size.ensure_models(tmp_path, Path("python"))
+    full_size.ensure_models(full_size.shipped("clearsr_x4_sd21"), tmp_path, Path("python"))
     assert len(asked) == 1
     (tmp_path / "clearsr" / "clearsr-sd21.safetensors").unlink()
     done.returncode = 1
     with pytest.raises(ToolError, match="no models"):
-        full_size.ensure_models(tmp_path, Path("python"))
+        full_size.ensure_models(full_size.shipped("clearsr_x4_sd21"), tmp_path, Path("python"))
 
 
 def test_a_server_shows_a_folder_of_models_and_removing_it_leaves_them(tmp_path: Path) -> None:

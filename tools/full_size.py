@@ -1,10 +1,13 @@
 """Run the shipped SD 2.1 workflow at full size in a real ComfyUI, and say what each node took.
 
-    python -m tools.full_size [--comfyui=0.3.75] [--size=128] [--steps=2] [--models=FOLDER] [ComfyUI's own options]
+    python -m tools.full_size [--workflow=clearsr_x4_sd21] [--comfyui=0.3.75] [--size=128] [--steps=2]
+                              [--models=FOLDER] [ComfyUI's own options]
 
 Uses models of random numbers, made once (`python -m training.full_size`), so it shows that everything fits together,
 how long it takes and how much memory it needs; the picture means nothing. Options that this command does not know go
 to ComfyUI: `--bf16-unet`, `--fp16-vae`, ... The result must have exactly four times the input's size and not be flat.
+With --workflow=restore_sd21_diffbir the folder must hold an imported file (`python -m training.import_control`); stage
+1, an upscale model, is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from .hosts import Host
 from .server import Prompt, Run, Server, running
 from .terminal import ToolError, run_command, say
 
-WORKFLOW = ROOT / "workflows" / "api" / "clearsr_x4_sd21.json"
+WORKFLOWS = ("clearsr_x4_sd21", "restore_sd21_diffbir", "restore_sd21_diffbir_fast")
 PICTURE = ROOT / "workflows" / "clearsr_x4.jpg"
 OUT = ROOT / "out" / "full_size"
 MODELS = OUT / "models"
@@ -52,17 +55,35 @@ class Report:
     peak_gib: float | None
 
 
-def ensure_models(folder: Path, python: Path) -> None:
-    """Make the three files where they are not there yet."""
-    prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    wanted = {
-        "base": folder / "checkpoints" / only_node(prompt, "CheckpointLoaderSimple")[1]["ckpt_name"],
-        "clearsr": folder / "clearsr" / only_node(prompt, "ClearSRLoader")[1]["checkpoint"],
-        "clip_vision": folder / "clip_vision" / only_node(prompt, "CLIPVisionLoader")[1]["clip_name"],
+def shipped(name: str) -> Prompt:
+    """Return a shipped workflow in the API's form, without stage 1 before LR Latent Encode, where it has one."""
+    prompt: Prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    kinds = {node["class_type"]: number for number, node in prompt.items()}
+    if "UpscaleModelLoader" in kinds:
+        restored = prompt.pop(kinds["ImageUpscaleWithModel"])
+        del prompt[kinds["UpscaleModelLoader"]]
+        only_node(prompt, "ClearSRLREncode")[1].update(image=restored["inputs"]["image"], scale=float(SCALE))
+    return prompt
+
+
+def ensure_models(prompt: Prompt, folder: Path, python: Path) -> None:
+    """Make the files that `prompt` asks for where they are not there yet, except imported ones."""
+    parts = {
+        "CheckpointLoaderSimple": ("base", "checkpoints", "ckpt_name"),
+        "ClearSRLoader": ("clearsr", "clearsr", "checkpoint"),
+        "CLIPVisionLoader": ("clip_vision", "clip_vision", "clip_name"),
     }
-    missing = [part for part, path in wanted.items() if not path.is_file()]
+    wanted = {
+        part: folder / place / node["inputs"][name]
+        for node in prompt.values()
+        if node["class_type"] in parts
+        for part, place, name in (parts[node["class_type"]],)
+    }
+    missing = sorted(part for part, path in wanted.items() if not path.is_file())
     if not missing:
         return
+    if "clearsr" in missing and "clip_vision" not in wanted:
+        raise ToolError(f"{wanted['clearsr']} is not there: make it with python -m training.import_control")
     say(f"making models of random numbers in {folder}: {', '.join(missing)}")
     command = [str(python), "-m", "training.full_size", f"--out={folder}", f"--parts={','.join(missing)}"]
     if subprocess.run(command, cwd=ROOT).returncode:
@@ -101,9 +122,8 @@ def check_picture(described: dict[str, Any], small: tuple[int, int]) -> tuple[in
     return wanted
 
 
-def measure(host: Host, server: Server, small: Path, steps: int, options: tuple[str, ...]) -> Report:
+def measure(host: Host, server: Server, prompt: Prompt, small: Path, steps: int, options: tuple[str, ...]) -> Report:
     """Run the workflow on a live server and check its picture."""
-    prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     only_node(prompt, "LoadImage")[1]["image"] = server.client.upload(small, "clearsr_full_size.png")
     sampler, settings = only_node(prompt, "ClearSRLSAKSampler")
     settings["steps"] = steps
@@ -143,6 +163,7 @@ def tell(report: Report, log: str) -> None:
 def main(arguments: list[str]) -> int:
     """Make what is missing, run, check, report."""
     parser = argparse.ArgumentParser(prog="python -m tools.full_size", description="Run SD 2.1 + ClearSR at full size.")
+    parser.add_argument("--workflow", choices=WORKFLOWS, default=WORKFLOWS[0], help="shipped workflow to run")
     parser.add_argument("--comfyui", choices=hosts.VERSIONS, help="test host to use (default: your own, or the newest)")
     parser.add_argument("--image", type=Path, default=PICTURE, help="picture to enlarge (default: a shipped one)")
     parser.add_argument("--size", type=int, default=128, help="long side of the input, in pixels (default 128)")
@@ -156,15 +177,16 @@ def main(arguments: list[str]) -> int:
         raise ToolError("--size takes at least 8 pixels, --steps at least 1")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    ensure_models(options.models.resolve(), environment.ensure("test"))
+    prompt = shipped(options.workflow)
+    ensure_models(prompt, options.models.resolve(), environment.ensure("test"))
     host = hosts.for_demo(options.comfyui)
     small = out / "input.png"
     picture_work(host.python, "shrink", options.image, small, options.size)
     say(f"starting ComfyUI {host.version} {' '.join(more)}".rstrip())
     began = time.monotonic()
     with running(host, out / f"comfyui_{host.name}", tuple(more), models=options.models.resolve()) as server:
-        say(f"ready after {time.monotonic() - began:.0f} s; running {WORKFLOW.relative_to(ROOT).as_posix()}")
-        report = measure(host, server, small, options.steps, tuple(more))
+        say(f"ready after {time.monotonic() - began:.0f} s; running {options.workflow}")
+        report = measure(host, server, prompt, small, options.steps, tuple(more))
     tell(report, server.log.read_text(encoding="utf-8", errors="replace"))
     return 0
 
