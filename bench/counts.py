@@ -53,8 +53,8 @@ def counted(config: ClearSRConfig, side: int) -> Counts:
     found = []
     for work in (
         lambda: unet(x, timestep, context=text, transformer_options={}),
-        lambda: control.dpm(x, timestep, text, None),  # type: ignore[union-attr]
-        lambda: control.spm(x, timestep, text, None),  # type: ignore[union-attr]
+        lambda: control.dpm and control.dpm(x, timestep, text, x),
+        lambda: control.spm and control.spm(x, timestep, text, x),
     ):
         counter = FlopCounterMode(display=False)
         with counter:
@@ -70,12 +70,27 @@ def in_tiles(config: ClearSRConfig, side: int, tile: int) -> Counts:
     return Counts(number * one.unet, number * one.dpm, number * one.spm)
 
 
+def of_guidance(one: Counts, texts: int) -> Counts:
+    """Count one step with guidance: the UNet for both halves, the control for each text that it reads."""
+    return Counts(2 * one.unet, texts * one.dpm, texts * one.spm)
+
+
 def run(size: str, pixels: list[int]) -> dict:
-    """Count at every side, in one piece and in tiles of 512 and 768 pixels; plain values for JSON."""
+    """Count at every side, in one piece, in tiles of 512 and 768 pixels, and with an imported control.
+
+    Returns:
+        Plain values for JSON.
+    """
     config = subjects.config_of(size)
     rows = []
     for side in pixels:
         ways = {"one piece": counted(config, side // 8)}
         ways |= {f"tiles of {tile}": in_tiles(config, side // 8, tile // 8) for tile in (512, 768) if tile < side}
+        imported = counted(subjects.imported_config(config), side // 8)
+        ways |= {
+            "one piece, guidance": of_guidance(ways["one piece"], texts=1),
+            "imported control": imported,
+            "imported control, guidance, two texts": of_guidance(imported, texts=2),
+        }
         rows += [{"pixels": side, "way": way, **dataclasses.asdict(counts)} for way, counts in ways.items()]
     return {"size": size, "rows": rows}

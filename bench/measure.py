@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import comfyui_version
 import folder_paths
@@ -22,6 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from . import subjects, ways
 from .clocks import Turn, Watch, measure
 from .ways import Scene, node
+
+if TYPE_CHECKING:
+    from ..nodes.sockets import ClearSRBundle
 
 log = logging.getLogger("clearsr.bench")
 
@@ -69,9 +73,12 @@ def run(request: Request, keep: Callable[[dict], None] = lambda _result: None) -
     series: list[Series] = []
     with torch.inference_mode():
         model, vae, clearsr = node("ClearSRLoader", checkpoint=subjects.file_of(request.size, folder))
+        wanted = {ways.IMPORTED, ways.IMPORTED_TWO_TEXTS}
+        imported = subjects.imported(model, clearsr) if not request.only or wanted & set(request.only) else None
         for pixels in request.pixels:
             for cfg in request.cfgs:
                 scene = ways.prepare(model, vae, clearsr, pixels, request.steps, cfg, request.tile)
+                scene.imported = imported
                 series.append(Series(pixels, cfg))
                 for _ in _rounds(scene, series[-1], request):
                     keep(_result(scene, request, series))
@@ -91,7 +98,8 @@ def _result(scene: Scene, request: Request, series: list[Series]) -> dict:
             "date": time.strftime("%Y-%m-%d"),
         },
         "parameters": {
-            name: sum(weight.numel() for weight in network.parameters()) for name, network in _networks(scene).items()
+            name: sum(weight.numel() for weight in network.parameters())
+            for name, network in _networks(scene, scene.clearsr).items()
         },
         "series": [dataclasses.asdict(one) for one in series],
     }
@@ -110,14 +118,18 @@ def _rounds(scene: Scene, series: Series, request: Request) -> Iterator[int]:
     for name, part in parts.items():  # also the first, slow call of each network
         series.operations[name] = _multiply_adds(part)
 
-    watch = Watch(scene.device, _networks(scene), request.clock)
+    own = Watch(scene.device, _networks(scene, scene.clearsr), request.clock)
+    watches = dict.fromkeys(chosen, own)
+    if scene.imported is not None:
+        theirs = Watch(scene.device, _networks(scene, scene.imported), request.clock)
+        watches |= dict.fromkeys((ways.IMPORTED, ways.IMPORTED_TWO_TEXTS), theirs)
     for number in range(request.rounds):
         for name, part in parts.items():
             series.parts[name].append(measure(scene.device, part, clock=request.clock))
         for name in _turned(list(chosen), number):
             scene.seed += 1  # LSA KSampler would repeat only the last steps of an equal run
             way = chosen[name]
-            turn = measure(scene.device, lambda way=way: way(scene), watch, request.clock)
+            turn = measure(scene.device, lambda way=way: way(scene), watches[name], request.clock)
             series.ways[name].append(turn)
             place = (series.pixels, scene.cfg, number + 1, name)
             log.info("%d pixels, cfg %g, round %d, %s: %.2f s", *place, turn.seconds)
@@ -129,14 +141,15 @@ def _turned(names: list[str], by: int) -> list[str]:
     return names[by:] + names[:by]
 
 
-def _networks(scene: Scene) -> dict[str, torch.nn.Module]:
-    control = scene.clearsr.control.model
-    return {UNET: scene.model.model.diffusion_model, DPM: control.dpm, SPM: control.spm}
+def _networks(scene: Scene, clearsr: ClearSRBundle) -> dict[str, torch.nn.Module]:
+    """Return what runs in a step with `clearsr`; an empty module stands for an SPM that it lacks."""
+    control = clearsr.control.model
+    return {UNET: scene.model.model.diffusion_model, DPM: control.dpm, SPM: control.spm or torch.nn.Identity()}
 
 
 def _parts(scene: Scene, with_vae: bool) -> dict[str, Callable[[], object]]:
     """Return each network's own forward as one step needs it: the UNet for all rows, the control once."""
-    unet, dpm, spm = _networks(scene).values()
+    unet, dpm, spm = _networks(scene, scene.clearsr).values()
     x, timestep, text = ways.unet_inputs(scene, scene.halves)
     x_lr = x[:1]
     parts: dict[str, Callable[[], object]] = {

@@ -6,15 +6,25 @@ of any file. Speed and memory do not depend on what weights say, as long as they
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import folder_paths
 import torch
 from torch import Tensor
 
 from ..clearsr_core import checkpoint as checkpoints
 from ..clearsr_core.config import NANO, SD21_NETWORKS, TINY, BaseConfig, ClearSRConfig
 from ..clearsr_core.shapes import checkpoint_shapes
+from ..nodes.compat import inference_dtype
+from ..nodes.loader import load_control
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..nodes.sockets import ClearSRBundle
 
 NANO_FILE = "clearsr-nano.safetensors"
 TOKENS = 77  # of a prompt of SD 2.1
@@ -49,6 +59,28 @@ def config_of(size: str) -> ClearSRConfig:
         base = BaseConfig(NANO.widths, NANO.head_channels, NANO.context_dim, (32, 32, 64, 128), 1, NANO.norm_groups)
         return ClearSRConfig(control=NANO, base=base, prompt_mode="null")
     return _CONFIGS[size]
+
+
+def imported_config(config: ClearSRConfig) -> ClearSRConfig:
+    """Return the configuration of an imported control network for the same base, as training.import_control has it."""
+    control = dataclasses.replace(
+        config.control, control_input="lr+xt", control_text="conditioning", window_attention=False, use_spm=False
+    )
+    return dataclasses.replace(
+        config, control=control, lora_rank=0, prompt_mode="null", image_encoder=False, clip_width=0
+    )
+
+
+def imported(model: ModelPatcher, clearsr: ClearSRBundle) -> ClearSRBundle:
+    """Return a random imported control network for a loaded model, of which all else is shared."""
+    config = imported_config(clearsr.config)
+    # Hosts know SD 2.1's networks: without them a file of that size is half as large.
+    stored = dataclasses.replace(config, base=None) if config.base == SD21_NETWORKS else config
+    path = Path(folder_paths.get_temp_directory()) / "bench-imported.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write(path, random_checkpoint(stored))
+    control = load_control(str(path), inference_dtype(model.model))
+    return dataclasses.replace(clearsr, name=path.name, config=config, control=control, image_encoder=None)
 
 
 def random_checkpoint(config: ClearSRConfig) -> checkpoints.Checkpoint:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 BARE, HOST, NAIVE, EACH, ONCE = "bare UNet", "host sampler", "naive ControlNet", "ours", "ours, control once"
 INTERVAL, TILED = "ours, guidance in the first half", "ours in tiles"
 AUTOMATIC = "ours, automatic tiles"  # as the nodes do by themselves: one piece up to 1024 x 1024
+# A file of training.import_control, whose control reads x_t and the text of each conditioning.
+IMPORTED, IMPORTED_TWO_TEXTS = "imported control", "imported control, two texts"
 REUSE = {f"ours, control every {every}": every for every in (2, 5)}
 _WIDE = 8  # pixels per latent pixel
 
@@ -45,6 +47,7 @@ class Scene:
     cfg: float
     tile: int  # pixels
     seed: int = 0
+    imported: ClearSRBundle | None = None  # the same base with an imported control network
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +99,8 @@ def ways(scene: Scene) -> dict[str, Callable[[Scene], object]]:
         found[ONCE] = _reuse(scene.steps)
     if scene.cfg != 1.0:
         found[INTERVAL] = lambda scene: ours(scene, cfg_end=0.5)
+    if scene.imported is not None:
+        found[IMPORTED if scene.cfg == 1.0 else IMPORTED_TWO_TEXTS] = imported
     if scene.lr_latent["samples"].shape[-1] * _WIDE > scene.tile:
         found[TILED] = lambda scene: ours(scene, tile=scene.tile)
     if scene.lr_latent["samples"][0, 0].numel() >= AUTOMATIC_AREA:
@@ -105,7 +110,8 @@ def ways(scene: Scene) -> dict[str, Callable[[Scene], object]]:
 
 def load(scene: Scene) -> None:
     """Bring all networks to the device, so that no way pays for it."""
-    comfy.model_management.load_models_gpu([scene.model, scene.clearsr.control, scene.vae.patcher])
+    controls = [bundle.control for bundle in (scene.clearsr, scene.imported) if bundle is not None]
+    comfy.model_management.load_models_gpu([scene.model, *controls, scene.vae.patcher])
 
 
 def unet_inputs(scene: Scene, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,13 +185,38 @@ def naive(scene: Scene) -> Tensor:
     return host(scene, model)
 
 
-def ours(scene: Scene, every: int = 1, tile: int | None = None, **settings: float) -> Tensor:
-    """The nodes with the paper's settings, in tiles of `tile` pixels; 0 = automatic, None = one piece."""
+def imported(scene: Scene) -> Tensor:
+    """The nodes with an imported control network and its settings; with guidance, two different texts."""
+    generator = torch.Generator().manual_seed(1)
+    shape = scene.clearsr.null_text[None].shape
+    texts: dict[str, HostObject] = {
+        name: [[torch.randn(shape, generator=generator), {}]] for name in ("positive", "negative")
+    }
+    settings: dict[str, HostObject] = {"scheduler": "ddpm_linspace", "start_from_lr": False, "alpha": 0.0, "beta": 0.0}
+    return ours(scene, clearsr=scene.imported, **settings, **texts)
+
+
+def ours(
+    scene: Scene,
+    every: int = 1,
+    tile: int | None = None,
+    clearsr: ClearSRBundle | None = None,
+    **settings: HostObject,
+) -> Tensor:
+    """The nodes, with the paper's settings unless told otherwise.
+
+    Args:
+        scene: what to sample.
+        every: steps that share a control.
+        tile: pixels of a tile; 0 = automatic, None = one piece.
+        clearsr: networks; None = the scene's.
+        settings: other inputs of LSA KSampler.
+    """
     tile = tile if tile is not None else scene.lr_latent["samples"].shape[-1] * _WIDE
     controlled = node(
         "ClearSRControlApply",
         model=scene.model,
-        clearsr=scene.clearsr,
+        clearsr=clearsr or scene.clearsr,
         lr_latent=scene.lr_latent,
         control_every=every,
         tile_size=tile,

@@ -161,6 +161,10 @@ class AutoencoderStage:
             found["file for --restored_by"] = provenance.sha256(self.settings.restored_by)
         return found
 
+    @property
+    def begun_from(self) -> dict[str, str]:
+        return {}
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         decoder = ("decoder.", "post_quant_conv.")
         still = self.settings.freeze_encoder

@@ -115,6 +115,10 @@ class BaseStage:
             "autoencoder": weights_hash(self.vae),
         }
 
+    @property
+    def begun_from(self) -> dict[str, str]:
+        return {}
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         unet = {f"unet.{name}": value for name, value in self.unet.named_parameters()}
         return {**unet, "null_text": self.module.null_text}

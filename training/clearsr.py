@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clearsr_core.config import ControlConfig
 
-from . import degradation, metrics, models, provenance
+from . import control_init, degradation, metrics, models, provenance
 from .base import noise_schedule
 from .base_files import RANDOM, layout
 from .base_model import BaseModel
@@ -40,6 +40,7 @@ class ClearSRSettings(DataSettings):
 
     base: Path = Path("runs/nano_base")  # the frozen base model: a folder, a file, or `random` for a trial run
     base_widths: tuple[int, ...] = (320, 640, 1280, 1280)  # of the random base model
+    control_init: Path = Path()  # an imported control network, whose weights DPM begins with; empty = as the UNet
     clip_vision: Path = Path()  # folder or file of CLIP ViT-H/14, whose features are p; empty = an encoder of our own
     cache: Path = Path("runs/latents.safetensors")  # encoded crops
     batch: int = 8
@@ -78,6 +79,12 @@ class ClearSRSettings(DataSettings):
             raise ValueError(
                 f"--rank={self.rank}: give 1 or more. To train without LoRA: --vae_lora=false --unet_lora=false."
             )
+        if self.control_init != Path() and self.init != Path():
+            raise ValueError(
+                "--init sets the weights that --control_init would set, and all others: give one of the two."
+            )
+        if self.control_init != Path() and not self.use_dpm:
+            raise ValueError("--use_dpm=false leaves DPM out, which --control_init is for: leave one of them out.")
         if not 0.0 <= self.prompt_dropout <= 1.0:
             raise ValueError(f"--prompt_dropout={self.prompt_dropout}: give a number from 0 to 1.")
         if self.prompt_mode == "null" and self.clip_vision != Path():
@@ -194,6 +201,9 @@ class ClearSRStage:
         base = BaseModel.load(settings.base, settings.base_widths, settings.seed)
         layout(base.unet.config, base.vae.config)  # what no file could hold is refused before anything is trained
         control = control_config(settings, base)
+        warm = settings.control_init != Path()
+        if warm:
+            control_init.check(settings.control_init, control)
         photographs = settings.photographs(settings.crop)
         base.vae.to(settings.device)
         self.crops = Crops(
@@ -217,6 +227,10 @@ class ClearSRStage:
             "image encoder of CLIP": weights_hash(clip),
         }
         self.model = ClearSRModel(base, control, settings.rank, settings.prompt_mode, settings.seed, clip)
+        self.begun_from: dict[str, str] = {}
+        if warm:
+            self.begun_from = control_init.start_dpm(self.model.control, settings.control_init)
+            self.given["file for --control_init"] = self.begun_from["sha256"]
         checkpoint_blocks(self.model, settings.checkpointing)
         self.module = ClearSRObjective(self.model, settings).to(settings.device)
 

@@ -88,6 +88,12 @@ class ClearSRModel(nn.Module):
                 "prompt. The nodes with a CLIP_VISION_OUTPUT give another picture.",
                 path,
             )
+        if config.control.control_text == "conditioning":
+            log.warning(
+                "%s reads the text of each conditioning in ComfyUI, where it is used with guidance: this command gives "
+                "its control the empty prompt and no guidance, so the results are not those of ComfyUI.",
+                path,
+            )
         base = base or BaseModel.from_checkpoint(stored)
         mode = config.prompt_mode if config.image_encoder else "null"
         model = cls(base, config.control, config.lora_rank, mode, 0, clip)

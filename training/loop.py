@@ -100,6 +100,11 @@ class Stage(Protocol[Batch]):
         """What the stage was given beside its settings, as pictures and models that hold still -> a digest of each."""
         ...
 
+    @property
+    def begun_from(self) -> dict[str, str]:
+        """Where the stage itself took first weights from, as snapshots note it; empty: nowhere."""
+        ...
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return exactly the parameters that move, by the names under which they are stored."""
         ...
@@ -207,7 +212,7 @@ def run_with(accelerator: Accelerator, stage: Stage, settings: LoopSettings, ide
         given = stage.given
         state = _newest(settings, identity, given)
         step = state.step if state is not None else 0
-        begun_from = state.begun_from if state is not None else {}
+        begun_from = state.begun_from if state is not None else stage.begun_from
         if state is not None:
             _take(state, "model", stage.trainable())
             _take(state, "held", _held(stage))

@@ -243,7 +243,7 @@ def _training(training: dict[str, Any]) -> str:
     rows.append(("Weights", training.get("weights", averaged if settings else "not recorded")))
     begun = training.get("begun_from")
     if begun:
-        rows.append(("Begun from", f"{begun['name']}, SHA-256 of its weights {begun['weights'][:12]}..."))
+        rows.append(("Begun from", _begun_from(begun)))
     nothing = hashlib.sha256().hexdigest()  # of a CLIP that is not there
     given = {what: digest for what, digest in training.get("given", {}).items() if digest != nothing}
     rows += [(what[:1].upper() + what[1:], f"SHA-256 {digest[:12]}...") for what, digest in given.items()]
@@ -257,6 +257,14 @@ def _training(training: dict[str, Any]) -> str:
         listed = to_toml(dict(sorted(settings.items())))
         text += f"\nSettings of the last stage, a preset but for its paths:\n\n```toml\n{listed}```\n"
     return text + "\nWhere the photographs come from and under which licences: **to be filled in**.\n"
+
+
+def _begun_from(begun: dict[str, str]) -> str:
+    if "weights" in begun:
+        return f"{begun['name']}, SHA-256 of its weights {begun['weights'][:12]}..."
+    whose = ", ".join(begun[key] for key in ("network", "licence") if key in begun)
+    source = f"{begun['name']} ({whose})" if whose else begun["name"]
+    return f"{begun['part']} of {source}, SHA-256 {begun['sha256'][:12]}..."
 
 
 def _figures(metrics: dict[str, Any]) -> str:

@@ -86,6 +86,8 @@ def add_decoder_lora(unet: UNet2DConditionModel, rank: int) -> None:
 
 
 def _inject_lora(module: nn.Module, targets: str, rank: int) -> None:
+    if not rank:  # a file without LoRAs, as an imported one; peft knows no rank 0
+        return
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"), module
     )

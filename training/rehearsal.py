@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from clearsr_core.config import BaseConfig
 
-from . import models, optimizer
+from . import control_init, models, optimizer
 from .autoencoder import AutoencoderSettings, AutoencoderStage, CropBatch, Reconstruction
 from .base import BaseSettings, BaseStage, LatentBatch, NoisePrediction, noise_schedule
 from .base_files import networks_of
@@ -105,6 +105,8 @@ class _ClearSR(ClearSRStage):
         self.settings = settings
         base = BaseModel.random(networks, 0)
         control = control_config(settings, base)
+        if settings.control_init != Path():
+            control_init.check(settings.control_init, control)
         clip = None
         if settings.clip_vision != Path():
             # ViT-H/14, the one that fits Stable Diffusion 2.1.

@@ -35,7 +35,7 @@ class TrainingState:
     tensors: dict[str, Tensor]
     settings: dict[str, object]
     given: dict[str, str] = field(default_factory=dict)  # pictures and models that the run stands on -> digests
-    begun_from: dict[str, str] = field(default_factory=dict)  # name and digest of the first weights; empty = random
+    begun_from: dict[str, str] = field(default_factory=dict)  # name, digest, ... of the first weights; empty = random
 
     @property
     def notes(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import clearsr_rig as rig
+import comfy.model_management
 import pytest
 import torch
 
@@ -23,8 +24,9 @@ def result():
 
 def test_every_way_runs_in_every_round(result) -> None:
     small, large = result
-    assert set(small["ways"]) == {ways.BARE, ways.HOST, ways.NAIVE, ways.EACH, ways.ONCE, "ours, control every 2"}
-    assert set(large["ways"]) == set(small["ways"]) | {ways.INTERVAL, ways.TILED}
+    always = {ways.BARE, ways.HOST, ways.NAIVE, ways.EACH, ways.ONCE, "ours, control every 2"}
+    assert set(small["ways"]) == always | {ways.IMPORTED}
+    assert set(large["ways"]) == always | {ways.IMPORTED_TWO_TEXTS, ways.INTERVAL, ways.TILED}
     assert all(len(turns) == 2 for turns in small["ways"].values())
     assert all(len(turns) == 1 for turns in large["ways"].values())
     assert all(turn["seconds"] > 0 for turns in large["ways"].values() for turn in turns)
@@ -44,6 +46,7 @@ def test_control_calls_of_every_way(result) -> None:
         ways.EACH: 3,
         "ours, control every 2": 2,
         ways.ONCE: 1,
+        ways.IMPORTED_TWO_TEXTS: 3,
         ways.INTERVAL: 3,
         ways.TILED: tiles,
     }
@@ -85,6 +88,36 @@ def test_naive_control_is_evaluated_for_every_row(tiny) -> None:
     with rig.count_calls(tiny["clearsr"].control.model.dpm, "forward") as calls:
         ways.naive(scene)
     assert [args[0].shape[0] for args, _options in calls] == [2, 2]
+
+
+@pytest.mark.parametrize(("cfg", "rows"), [(1.0, 1), (4.0, 2)])
+def test_imported_control_is_evaluated_for_both_texts(tiny, cfg, rows) -> None:
+    """It reads x_t and the text of each conditioning, so guidance takes a pass for each of the two."""
+    imported = subjects.imported(tiny["model"], tiny["clearsr"])
+    control = imported.config.control
+    assert (control.control_input, control.control_text) == ("lr+xt", "conditioning")
+    assert not (control.use_spm or control.window_attention or imported.config.lora_rank)
+    scene = ways.prepare(tiny["model"], tiny["vae"], tiny["clearsr"], 128, 2, cfg, 128)
+    scene.imported = imported
+    way = next(way for name, way in ways.ways(scene).items() if name in (ways.IMPORTED, ways.IMPORTED_TWO_TEXTS))
+    ways.load(scene)
+    with rig.count_calls(imported.control.model.dpm, "forward") as calls:
+        way(scene)
+    assert [args[0].shape[0] for args, _options in calls] == [rows, rows]
+    texts = calls[0][0][2]
+    assert len(texts) == rows and len(texts.unique(dim=0)) == rows
+
+
+def test_counts_of_an_imported_control(monkeypatch) -> None:
+    # The kernel that the tests' host takes asks for the free memory of the device, which is none here.
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: (2**40, 2**40))
+    found = {row["way"]: row for row in rig.module("bench.counts").run("toy", [128])["rows"]}
+    ours, imported = found["one piece"], found["imported control"]
+    assert imported["unet"] == ours["unet"] and imported["spm"] == 0
+    assert 0 < imported["dpm"] < ours["dpm"]  # without window attention
+    guided, both = found["one piece, guidance"], found["imported control, guidance, two texts"]
+    assert (guided["unet"], guided["dpm"], guided["spm"]) == (2 * ours["unet"], ours["dpm"], ours["spm"])
+    assert (both["unet"], both["dpm"]) == (2 * ours["unet"], 2 * imported["dpm"])
 
 
 def test_the_full_size_is_the_papers() -> None:

@@ -124,6 +124,13 @@ def test_the_ablations_differ_from_the_paper_by_length_and_rate_alone() -> None:
     }
 
 
+def test_the_warm_start_differs_from_the_paper_by_where_dpm_begins_and_what_it_reads() -> None:
+    assert difference("paper_warm", "paper") == {
+        "control_init": Path("diffbir-v2.safetensors"),
+        "control_input": "lr+xt",
+    }
+
+
 def test_the_paper_preset_says_what_the_paper_says() -> None:
     """Sec. 4.1 and Appendix A."""
     paper = table("paper")

@@ -45,6 +45,10 @@ class Toy:
     def given(self) -> dict[str, str]:
         return {"set of numbers": "random"}
 
+    @property
+    def begun_from(self) -> dict[str, str]:
+        return {}
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.module.network.named_parameters())
 
