@@ -7,7 +7,16 @@ import json
 
 import pytest
 
-from clearsr_core.config import NANO, SD21_BASE, SD21_NETWORKS, TINY, BaseConfig, ClearSRConfig, ControlConfig
+from clearsr_core.config import (
+    NANO,
+    SD21_BASE,
+    SD21_NETWORKS,
+    TINY,
+    BaseConfig,
+    ClearSRConfig,
+    ControlConfig,
+    RecommendedSampling,
+)
 
 NANO_NETWORKS = BaseConfig((64, 64, 128, 128), 32, 64, (32, 32, 64, 128), 1, 8)
 
@@ -23,6 +32,14 @@ NANO_NETWORKS = BaseConfig((64, 64, 128, 128), 32, 64, (32, 32, 64, 128), 1, 8)
             image_encoder=True,
             prompt_mode="null",
         ),
+        ClearSRConfig(
+            control=dataclasses.replace(
+                SD21_BASE, control_input="lr+xt", control_text="conditioning", use_spm=False, window_attention=False
+            ),
+            lora_rank=0,
+            prompt_mode="null",
+            recommended=RecommendedSampling("linspace", 50, 4.0, "noise", text=True),
+        ),
     ],
 )
 def test_json_round_trip(config):
@@ -31,7 +48,25 @@ def test_json_round_trip(config):
 
 def test_a_missing_key_has_its_default_so_old_files_stay_readable():
     assert ClearSRConfig.from_dict({}) == ClearSRConfig()
+    assert ClearSRConfig().control.control_text == "null" and ClearSRConfig().recommended is None
     assert ControlConfig.from_dict({"widths": [32, 32, 32, 32], "head_channels": 16, "context_dim": 16}) == TINY
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"spacing": "karras"}, "spacing is 'karras'"),
+        ({"start": "cond"}, "start is 'cond'"),
+        ({"steps": 0}, "recommended steps 0"),
+        ({"cfg": 0.5}, r"recommended cfg 0\.5"),
+        ({"cfg": float("nan")}, "recommended cfg nan"),
+        ({"sampler": "ddpm"}, "unknown key 'sampler'"),
+    ],
+)
+def test_impossible_recommendations_are_refused(values, message):
+    good = {"spacing": "linspace", "steps": 50, "cfg": 4.0, "start": "noise", "text": True}
+    with pytest.raises(ValueError, match=message):
+        ClearSRConfig.from_dict({"recommended": {**good, **values}})
 
 
 def test_a_file_without_a_base_needs_stable_diffusion_2_1():
@@ -56,6 +91,8 @@ def test_a_file_without_a_base_needs_stable_diffusion_2_1():
         ({"relative_bias": "swin"}, "relative_bias is 'swin'"),
         ({"control_input": "xt"}, "control_input is 'xt'"),
         ({"control_time": "never"}, "control_time is 'never'"),
+        ({"control_text": "positive"}, "control_text is 'positive'"),
+        ({"control_text": "conditioning", "use_dpm": False}, "nothing reads text"),
         ({"fixed_timestep": 1000}, "fixed_timestep 1000"),
         ({"use_dpm": False, "use_spm": False}, "both off"),
     ],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from clearsr_core.config import NANO, SD21_BASE, SD21_NETWORKS, TINY, BaseConfig
+from clearsr_core.config import NANO, SD21_BASE, SD21_NETWORKS, TINY, BaseConfig, ClearSRConfig
 from clearsr_core.key_maps import (
+    controlnet_prefixes,
+    rename,
     unet_from_host,
     unet_lora_map,
     unet_to_host,
@@ -15,7 +19,7 @@ from clearsr_core.key_maps import (
     vae_lora_targets,
     vae_to_host,
 )
-from clearsr_core.shapes import unet_shapes, vae_shapes
+from clearsr_core.shapes import checkpoint_shapes, unet_shapes, vae_shapes
 
 NARROW = BaseConfig((32, 64, 128, 128), 16, 64, (32, 32, 64, 128), 1)
 
@@ -106,3 +110,15 @@ def test_unknown_weights_are_refused():
         unet_to_host({"down_blocks.0.resnets.2.conv1.weight": weight}, SD21_BASE)
     with pytest.raises(ValueError, match="is no weight of a VAE"):
         vae_from_host({"loss.logvar": weight}, SD21_NETWORKS)
+
+
+def test_a_controlnet_has_the_names_of_the_encoder_and_of_its_outputs():
+    control = dataclasses.replace(SD21_BASE, control_input="lr+xt", window_attention=False, use_spm=False)
+    shapes = checkpoint_shapes(ClearSRConfig(control, lora_rank=0, prompt_mode="null"))["dpm"]
+    names = {name: rename(name, controlnet_prefixes(control)) for name in shapes if not name.startswith("conv_in_lr")}
+    assert len(names) == len(set(names.values())) == 324  # DiffBIR's tensors
+    assert names["conv_in.weight"] == "input_blocks.0.0.weight"
+    assert names["controlnet_down_blocks.11.bias"] == "zero_convs.11.0.bias"
+    assert names["controlnet_mid_block.weight"] == "middle_block_out.0.weight"
+    assert names["down_blocks.1.downsamplers.0.conv.weight"] == "input_blocks.6.0.op.weight"
+    assert names["mid_block.attentions.0.proj_in.weight"] == "middle_block.1.proj_in.weight"
