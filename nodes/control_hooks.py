@@ -93,7 +93,8 @@ class ControlInputs(NamedTuple):
 
     def first(self, rows: int) -> ControlInputs:
         """Return the first `rows` rows."""
-        return ControlInputs(*(None if tensor is None else tensor[:rows] for tensor in self))
+        x_t, text = (None if tensor is None else tensor[:rows] for tensor in (self.x_t, self.text))
+        return ControlInputs(self.lr_latent[:rows], x_t, text)
 
     def repeats(self, rows: int) -> bool:
         """Return whether every group of `rows` rows equals the first one."""

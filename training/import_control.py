@@ -13,6 +13,7 @@ Needs torch, safetensors and transformers, all of which ComfyUI brings: its own 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pickle
 import re
@@ -175,18 +176,13 @@ def open_weights(path: Path) -> Weights:
     Raises:
         ValueError: the file is damaged, cannot be read safely, or is of another kind; one sentence that says which.
     """
+    read: Callable[[str], Tensor]
     if path.suffix == ".safetensors":
         header = read_safetensors_header(path, "DiffBIR's control network")
-        shapes, dtypes = header.shapes, header.dtypes
         if "clearsr.format" in header.metadata:
             raise ValueError(f"{path} is a ClearSR file already: put it into ComfyUI/models/clearsr as it is.")
-
-        def read(key: str) -> Tensor:
-            try:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    return file.get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is damaged ({error}). Please download or copy it again.") from error
+        shapes, dtypes = header.shapes, header.dtypes
+        read = functools.partial(_read_tensor, path)
     else:
         table = _read_pickle(path)
         shapes = {key: tuple(value.shape) for key, value in table.items()}
@@ -201,6 +197,15 @@ def open_weights(path: Path) -> Weights:
         {name: dtypes[key] for name, key in keys.items()},
         lambda name: read(keys[name]),
     )
+
+
+def _read_tensor(path: Path, key: str) -> Tensor:
+    """Read one tensor of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Please download or copy it again.") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
