@@ -128,8 +128,7 @@ class BaseModel:
         """Draw every weight from `seed`; torch's own generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups)
-            vae = build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+            unet, vae = _build(networks)
             null_text = torch.randn(_TOKENS, networks.context_dim)
         return cls(unet.eval(), vae.eval(), null_text)
 
@@ -137,8 +136,7 @@ class BaseModel:
     def _empty(cls, networks: BaseConfig, null_text: Tensor) -> BaseModel:
         """Build the networks without weights, which drawing and overwriting would cost a minute for."""
         with torch.device("meta"):
-            unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups)
-            vae = build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+            unet, vae = _build(networks)
         return cls(unet.eval(), vae.eval(), null_text)
 
     def save(self, folder: Path) -> None:
@@ -147,6 +145,12 @@ class BaseModel:
         save_network(self.vae, folder / "vae")
         with replacing(folder / NULL_TEXT_FILE) as unfinished:
             save_file({"null_text": self.null_text.detach().float().contiguous()}, unfinished)
+
+
+def _build(networks: BaseConfig) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    groups, latent = networks.norm_groups, networks.latent_channels
+    unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, groups, latent)
+    return unet, build_autoencoder(networks.vae_widths, networks.vae_blocks, groups, latent)
 
 
 def save_network(network: ModelMixin, folder: Path) -> None:
@@ -195,6 +199,12 @@ def layout(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> BaseConfig:
             f"The autoencoder has {of_vae} norm groups, the UNet {norm_groups}: they must agree. Train the base model "
             f"with --norm_groups={of_vae}."
         )
+    of_vae = vae.get("latent_channels", 4)
+    if of_vae != unet["in_channels"]:
+        raise ValueError(
+            f"The autoencoder's latents have {of_vae} channels, the UNet reads {unet['in_channels']}: they belong to "
+            "different models."
+        )
     widths = tuple(unet["block_out_channels"])
     # diffusers keeps the number of heads under this name, one for all levels or one each.
     heads = unet["attention_head_dim"]
@@ -205,6 +215,7 @@ def layout(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> BaseConfig:
         tuple(vae["block_out_channels"]),
         vae["layers_per_block"],
         norm_groups,
+        of_vae,
     )
 
 
@@ -276,7 +287,7 @@ def _check_unet_config(folder: Path) -> None:
         found = "SDXL"
     elif config.get("cross_attention_dim") == 768:
         found = "Stable Diffusion 1.x (its text is 768 wide)"
-    elif config.get("in_channels", 4) != 4:
+    elif config.get("in_channels", 4) != config.get("out_channels", 4):
         found = f"an inpainting, depth or edit model with {config['in_channels']} input channels"
     elif not config.get("use_linear_projection", False) or config.get("class_embed_type") is not None:
         found = "no Stable Diffusion 2 model, by the configuration of its UNet"

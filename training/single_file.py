@@ -42,6 +42,7 @@ def read_single_file(
         widths=networks.unet_widths,
         head_channels=networks.head_channels,
         context_dim=networks.context_dim,
+        latent_channels=networks.latent_channels,
         norm_groups=networks.norm_groups,
     )
     on_meta = {name: torch.empty(shape, device="meta") for name, shape in unet_shapes(control).items()}
