@@ -99,6 +99,7 @@ class BaseConfig:
     vae_widths: tuple[int, ...]  # channels per autoencoder level, finest first; 4 levels make f8
     vae_blocks: int  # ResBlocks per encoder level (the decoder has one more)
     norm_groups: int = 32  # of every group norm of both networks
+    latent_channels: int = 4  # of both networks
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -106,6 +107,7 @@ class BaseConfig:
             context_dim=self.context_dim,
             vae_blocks=self.vae_blocks,
             norm_groups=self.norm_groups,
+            latent_channels=self.latent_channels,
         )
         for name, widths in (("unet_widths", self.unet_widths), ("vae_widths", self.vae_widths)):
             if not widths or any(width <= 0 or width % self.norm_groups for width in widths):
@@ -159,7 +161,9 @@ class ClearSRConfig:
     prediction: Literal["eps"] = "eps"
     base: BaseConfig | None = None  # None: needs the user's SD 2.1-base; else the file carries these networks
     base_fingerprint: str = ""  # of the UNet that it was trained on (fingerprint.py); "" = not recorded
-    latent_rgb: tuple[tuple[float, ...], ...] | None = None  # 4 rows x 3: latent -> RGB for previews of a narrow base
+    latent_rgb: tuple[tuple[float, ...], ...] | None = (
+        None  # a row of 3 per channel: latent -> RGB for previews of a narrow base
+    )
     image_encoder: bool = False  # the file carries its own image prompt encoder
     clip_width: int = 0  # of CLIP's hidden states, which image_projection makes patch tokens of; 0 = the file has none
     recommended: RecommendedSampling | None = None  # None: the defaults of the nodes
@@ -183,13 +187,12 @@ class ClearSRConfig:
         if rows is not None and (len(rows) != self.control.latent_channels or any(len(row) != 3 for row in rows)):
             raise ValueError(f"latent_rgb must have {self.control.latent_channels} rows of 3 numbers, not {rows}")
         networks, control = self.networks, self.control
-        theirs = (networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups)
-        ours = (control.widths, control.head_channels, control.context_dim, control.norm_groups)
+        names = ("head_channels", "context_dim", "norm_groups", "latent_channels")
+        theirs = (networks.unet_widths, *(getattr(networks, name) for name in names))
+        ours = (control.widths, *(getattr(control, name) for name in names))
         if theirs != ours:
             owner = "SD 2.1-base" if self.base is None else "the base"
-            raise ValueError(
-                f"{owner} has (widths, head_channels, context_dim, norm_groups) {theirs}, the control networks {ours}"
-            )
+            raise ValueError(f"{owner} has (widths, {', '.join(names)}) {theirs}, the control networks {ours}")
 
     @property
     def networks(self) -> BaseConfig:

@@ -114,8 +114,8 @@ def unet_shapes(config: ControlConfig) -> dict[str, Shape]:
 
 
 def vae_shapes(config: BaseConfig) -> dict[str, Shape]:
-    """Return the weights of SD's KL autoencoder (RGB, 4 latent channels), in diffusers' names."""
-    widths, latent = config.vae_widths, 4
+    """Return the weights of SD's KL autoencoder (RGB), in diffusers' names."""
+    widths, latent = config.vae_widths, config.latent_channels
     finest, coarsest = widths[0], widths[-1]
     shapes = _layer("quant_conv", 2 * latent, 2 * latent, 1, 1) | _layer("post_quant_conv", latent, latent, 1, 1)
 

@@ -29,7 +29,7 @@ def describe_model(model: ModelPatcher) -> str:
     unet = model.model.model_config.unet_config
     context = unet.get("context_dim")
     prediction = getattr(getattr(model.model, "model_type", None), "name", "unknown")
-    if unet.get("in_channels", 4) != 4:
+    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
         return f"an inpainting or edit model with {unet['in_channels']} input channels"
     if context == 768:
         return "Stable Diffusion 1.x"
@@ -107,7 +107,7 @@ def other_base(node: str, found: str, wanted: str, file: str) -> str | None:
 
 
 def check_vae(node: str, vae: VAE, config: ClearSRConfig, file: str) -> None:
-    """Refuse a VAE whose latents are not 4 channels at an eighth of the size."""
+    """Refuse a VAE whose latents have another number of channels, or are not an eighth of the size."""
     channels, ratio = vae.latent_channels, vae.downscale_ratio
     if channels != config.control.latent_channels or ratio != 8:
         raise ValueError(

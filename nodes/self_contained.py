@@ -47,6 +47,7 @@ def build_model(state_dict: dict[str, Tensor], config: ClearSRConfig, disable_dy
     class LatentFormat(comfy.latent_formats.SD15):
         def __init__(self) -> None:
             super().__init__(scale_factor=config.latent_scale)
+            self.latent_channels = config.control.latent_channels
             # SD's tiny preview decoder and colour factors know other latents than these.
             self.taesd_decoder_name = None
             self.latent_rgb_factors = None if config.latent_rgb is None else [list(row) for row in config.latent_rgb]
@@ -64,6 +65,10 @@ def build_model(state_dict: dict[str, Tensor], config: ClearSRConfig, disable_dy
         def model_type(self, state_dict: dict, prefix: str = "") -> comfy.model_base.ModelType:
             # The host guesses v-prediction from a bias whose spread means nothing at these widths.
             return comfy.model_base.ModelType.EPS
+
+        def inpaint_model(self) -> bool:
+            # The host takes any UNet with more than 4 input channels for one, and would add a mask to its input.
+            return False
 
     management = comfy.model_management
     host_config = NarrowSD2(comfy.model_detection.detect_unet_config(state_dict, ""))
@@ -84,7 +89,7 @@ def build_model(state_dict: dict[str, Tensor], config: ClearSRConfig, disable_dy
 
 
 def build_vae(state_dict: dict[str, Tensor], config: ClearSRConfig) -> VAE:
-    """Return a VAE with the file's autoencoder, in the host's names without prefix; f8, 4 channels, fp32."""
+    """Return a VAE with the file's autoencoder, in the host's names without prefix; f8, fp32."""
     networks = config.networks
     first = networks.vae_widths[0]
     layout = {
@@ -105,6 +110,7 @@ def build_vae(state_dict: dict[str, Tensor], config: ClearSRConfig) -> VAE:
         dtype=torch.float32,  # it is small, and half precision would cost more than it saves
     )
     set_norm_groups(cast("torch.nn.Module", vae.first_stage_model), networks.norm_groups)
+    vae.latent_channels = config.control.latent_channels  # the host reads it from weights only where it has no config
     # The host's estimates are for 128 channels.
     share = first / 128
     encode, decode = vae.memory_used_encode, vae.memory_used_decode

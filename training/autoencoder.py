@@ -1,4 +1,4 @@
-"""Stage 1 of a base model from nothing: a narrow KL autoencoder (Stable Diffusion's, f8, 4 channels)."""
+"""Stage 1 of a base model from nothing: a narrow KL autoencoder (Stable Diffusion's, f8)."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class AutoencoderSettings(DataSettings):
     stage = "autoencoder"
 
     widths: tuple[int, ...] = (32, 32, 64, 128)  # channels per level, finest first
+    latent_channels: int = 4
     norm_groups: int = 8  # of every group norm; a group of one or two channels loses the colours
     blocks: int = 1  # residual blocks per encoder level (the decoder has one more)
     batch: int = 4
@@ -59,7 +60,15 @@ class AutoencoderSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, norm_groups=1, blocks=1, discriminator_width=1, adversarial_start=0, restore_steps=1)
+        check_counts(
+            self,
+            latent_channels=4,
+            norm_groups=1,
+            blocks=1,
+            discriminator_width=1,
+            adversarial_start=0,
+            restore_steps=1,
+        )
         check_widths(self.widths, self.norm_groups)
         for name in ("kl_weight", "perceptual_weight", "coarse_weight", "latent_noise", "adversarial_weight"):
             if not getattr(self, name) >= 0.0:
@@ -70,9 +79,9 @@ class CropBatch(NamedTuple):
     """Everything random of one step."""
 
     images: Tensor  # (B, 3, crop, crop) in [-1, 1]
-    noise: Tensor  # (B, 4, crop / 8, crop / 8), of the posteriors, unit variance
-    disturbance: Tensor  # (B, 4, crop / 8, crop / 8) in model units, of another strength for every crop
-    restored: Tensor  # (B, 4, crop / 8, crop / 8) in model units: latents as a sampler left them
+    noise: Tensor  # (B, C, crop / 8, crop / 8), of the posteriors, unit variance
+    disturbance: Tensor  # (B, C, crop / 8, crop / 8) in model units, of another strength for every crop
+    restored: Tensor  # (B, C, crop / 8, crop / 8) in model units: latents as a sampler left them
     is_restored: Tensor  # (B,) whether they take the place of those of E
     heard: bool  # the decoder hears the discriminator already
 
@@ -147,7 +156,9 @@ class AutoencoderStage:
                 raise ValueError(f"--restored_share={settings.restored_share}: give a number from 0 to 1.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
+            self.model = build_autoencoder(
+                settings.widths, settings.blocks, settings.norm_groups, settings.latent_channels
+            )
             start_linear(self.model)
             judge = PatchDiscriminator(settings.discriminator_width) if settings.adversarial_weight else None
         self.photographs = settings.photographs(settings.crop)
@@ -198,7 +209,7 @@ class AutoencoderStage:
                 for number in numbers
             ]
         )
-        shape = (settings.batch, 4, settings.crop // 8, settings.crop // 8)
+        shape = (settings.batch, settings.latent_channels, settings.crop // 8, settings.crop // 8)
         generator = generator_for(settings.seed, step)
         noise = torch.randn(shape, generator=generator)
         strength = settings.latent_noise * torch.rand((settings.batch, 1, 1, 1), generator=generator)

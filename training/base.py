@@ -60,8 +60,8 @@ def noise_schedule() -> DDPMScheduler:
 class LatentBatch(NamedTuple):
     """Everything random of one step."""
 
-    hq: Tensor  # (B, 4, h, w) latents in model units, or (B, 3, crop, crop) crops in [-1, 1] that are new every time
-    noise: Tensor  # (B, 4, h, w)
+    hq: Tensor  # (B, C, h, w) latents in model units, or (B, 3, crop, crop) crops in [-1, 1] that are new every time
+    noise: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,) 0 .. 999
 
 
@@ -74,7 +74,7 @@ class NoisePrediction(nn.Module):
         self.schedule = noise_schedule()
 
     def forward(self, batch: LatentBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        x_0 = batch.hq if batch.hq.shape[1] == 4 else models.encode(self.vae, batch.hq)
+        x_0 = models.encode(self.vae, batch.hq) if batch.hq.shape[1] == 3 else batch.hq
         x_t = self.schedule.add_noise(x_0, batch.noise, batch.timesteps)
         eps = self.unet(x_t, batch.timesteps, self.null_text.expand(len(x_t), -1, -1)).sample
         return torch.nn.functional.mse_loss(eps.float(), batch.noise), {}
@@ -91,7 +91,11 @@ class BaseStage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.unet = models.build_unet(
-                settings.widths, settings.head_channels, settings.context_dim, settings.norm_groups
+                settings.widths,
+                settings.head_channels,
+                settings.context_dim,
+                settings.norm_groups,
+                self.vae.config.latent_channels,
             )
             null_text = torch.randn(1, settings.context_dim)
         layout(self.unet.config, self.vae.config)  # what does not fit is refused before anything is trained
@@ -139,7 +143,7 @@ class BaseStage:
         batch, side = self.settings.batch, self.settings.crop // 8
         generator = generator_for(self.settings.seed, step)
         indices = self.crops.draw(step, batch, generator)
-        noise = torch.randn((batch, 4, side, side), generator=generator)
+        noise = torch.randn((batch, self.unet.config.in_channels, side, side), generator=generator)
         timesteps = torch.randint(1000, (batch,), generator=generator)
         share = slice(self.rows.start, self.rows.stop)
         return LatentBatch(self.crops.hq(indices[share]), noise[share], timesteps[share])
@@ -150,7 +154,7 @@ class BaseStage:
         sampler = DDPMScheduler.from_config(self.module.schedule.config, timestep_spacing="leading", steps_offset=1)
         sampler.set_timesteps(25)
         side = self.settings.crop // 8
-        x_t = torch.randn(8, 4, side, side, generator=generator).to(self.settings.device)
+        x_t = torch.randn((8, self.unet.config.in_channels, side, side), generator=generator).to(self.settings.device)
         for timestep in sampler.timesteps:
             eps = self.unet(x_t, timestep, self.module.null_text.expand(8, -1, -1)).sample
             x_t = sampler.step(eps, timestep, x_t, generator=generator).prev_sample

@@ -109,6 +109,12 @@ def layout(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> BaseConfig:
             f"The autoencoder has {of_vae} norm groups, the UNet {norm_groups}: they must agree. Train the base model "
             f"with --norm_groups={of_vae}."
         )
+    of_vae = vae.get("latent_channels", 4)
+    if of_vae != unet["in_channels"]:
+        raise ValueError(
+            f"The autoencoder's latents have {of_vae} channels, the UNet reads {unet['in_channels']}: they belong to "
+            "different models."
+        )
     widths = tuple(unet["block_out_channels"])
     # diffusers keeps the number of heads under this name, one for all levels or one each.
     heads = unet["attention_head_dim"]
@@ -119,6 +125,7 @@ def layout(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> BaseConfig:
         tuple(vae["block_out_channels"]),
         vae["layers_per_block"],
         norm_groups,
+        of_vae,
     )
 
 

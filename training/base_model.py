@@ -123,8 +123,7 @@ class BaseModel:
         """Draw every weight from `seed`; torch's own generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups)
-            vae = build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+            unet, vae = _build(networks)
             null_text = torch.randn(_TOKENS, networks.context_dim)
         return cls(unet.eval(), vae.eval(), null_text)
 
@@ -132,8 +131,7 @@ class BaseModel:
     def _empty(cls, networks: BaseConfig, null_text: Tensor) -> BaseModel:
         """Build the networks without weights, which drawing and overwriting would cost a minute for."""
         with torch.device("meta"):
-            unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, networks.norm_groups)
-            vae = build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+            unet, vae = _build(networks)
         return cls(unet.eval(), vae.eval(), null_text)
 
     def save(self, folder: Path) -> None:
@@ -142,6 +140,12 @@ class BaseModel:
         save_network(self.vae, folder / "vae")
         with replacing(folder / NULL_TEXT_FILE) as unfinished:
             save_file({"null_text": self.null_text.detach().float().contiguous()}, unfinished)
+
+
+def _build(networks: BaseConfig) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    groups, latent = networks.norm_groups, networks.latent_channels
+    unet = build_unet(networks.unet_widths, networks.head_channels, networks.context_dim, groups, latent)
+    return unet, build_autoencoder(networks.vae_widths, networks.vae_blocks, groups, latent)
 
 
 def save_network(network: ModelMixin, folder: Path) -> None:

@@ -99,6 +99,7 @@ def control_config(settings: ClearSRSettings, base: BaseModel) -> ControlConfig:
         widths=widths,
         head_channels=widths[0] // unet.attention_head_dim[0],
         context_dim=unet.cross_attention_dim,
+        latent_channels=unet.in_channels,
         norm_groups=unet.norm_num_groups,
         control_input=settings.control_input,
         control_time=settings.control_time,
@@ -122,13 +123,13 @@ def noted(made: dict[str, Any], base: Path) -> dict[str, Any]:
 class PairBatch(NamedTuple):
     """Everything random of one step."""
 
-    hq: Tensor  # (B, 4, h, w) latents in model units, or (B, 3, crop, crop) crops in [-1, 1] that are new every time
-    noise: Tensor  # (B, 4, h, w)
+    hq: Tensor  # (B, C, h, w) latents in model units, or (B, 3, crop, crop) crops in [-1, 1] that are new every time
+    noise: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,) 0 .. 999
     lr_images: Tensor | None  # (B, 3, crop, crop) in [0, 1]; None where the pairs are fixed, or made on the device
     hq_images: Tensor | None  # (B, 3, crop, crop) in [-1, 1], of which the device makes them where `hq` is latents
     numbers: Tensor | None  # (B,) of the samples, which decide the degradations
-    lr_latents: Tensor | None  # (B, 4, h, w) x_lr of fixed pairs
+    lr_latents: Tensor | None  # (B, C, h, w) x_lr of fixed pairs
     prompts: Tensor | None  # (B, n, C) p of fixed pairs
     keep_prompt: bool  # else the whole batch sees the empty prompt
     watch: bool  # measure the distance of E' from E
@@ -145,7 +146,7 @@ class ClearSRObjective(nn.Module):
     def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return Eq. 1 of a batch, and the distance of E' from E where it is wanted."""
         model, figures = self.model, {}
-        x_0 = batch.hq if batch.hq.shape[1] == 4 else models.encode(model.vae, batch.hq)
+        x_0 = models.encode(model.vae, batch.hq) if batch.hq.shape[1] == 3 else batch.hq
         x_t = self.schedule.add_noise(x_0, batch.noise, batch.timesteps)
         if batch.lr_latents is not None and batch.prompts is not None:
             lr_latents, prompts = batch.lr_latents, batch.prompts
@@ -279,7 +280,8 @@ class ClearSRStage:
         settings, side = self.settings, self.settings.crop // 8
         generator = generator_for(settings.seed, step)
         indices = self.crops.draw(step, settings.batch, generator)
-        noise = torch.randn((settings.batch, 4, side, side), generator=generator)
+        channels = self.model.control.config.latent_channels
+        noise = torch.randn((settings.batch, channels, side, side), generator=generator)
         timesteps = torch.randint(1000, (settings.batch,), generator=generator)
         keep_prompt = float(torch.rand((), generator=generator)) >= settings.prompt_dropout
 
@@ -290,7 +292,7 @@ class ClearSRStage:
         if self.fixed_pairs is not None:
             pairs = self.fixed_pairs
             return batch._replace(lr_latents=pairs.latents[indices], prompts=pairs.prompts[indices])
-        hq_images = self.crops.images(indices) if hq.shape[1] == 4 else None
+        hq_images = None if hq.shape[1] == 3 else self.crops.images(indices)
         numbers = torch.arange(step * settings.batch, (step + 1) * settings.batch)[share]
         if settings.degrade_on == "device":
             return batch._replace(hq_images=hq_images, numbers=numbers)

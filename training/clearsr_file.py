@@ -42,14 +42,15 @@ def latent_rgb(latents: Tensor, images: Tensor) -> tuple[tuple[float, ...], ...]
     """Fit latent -> RGB for live previews by least squares.
 
     Args:
-        latents: (B, 4, h, w) model units.
+        latents: (B, C, h, w) model units.
         images: (B, 3, 8h, 8w) in [-1, 1].
 
     Returns:
-        4 rows of 3 factors.
+        C rows of 3 factors.
     """
     small = torch.nn.functional.avg_pool2d(images, 8)
-    solution = torch.linalg.lstsq(latents.movedim(1, -1).reshape(-1, 4), small.movedim(1, -1).reshape(-1, 3)).solution
+    rows = latents.movedim(1, -1).flatten(0, 2)
+    solution = torch.linalg.lstsq(rows, small.movedim(1, -1).flatten(0, 2)).solution
     return tuple(tuple(round(float(value), 4) for value in row) for row in solution)
 
 

@@ -158,7 +158,7 @@ def require_file(path: Path) -> None:
 
 def _check_layout(path: Path, config: ClearSRConfig) -> None:
     """Refuse networks that the nodes can build of a file, but `models` cannot."""
-    names = ("attention_levels", "layers_per_block", "latent_channels")
+    names = ("attention_levels", "layers_per_block")
     found = {name: getattr(config.control, name) for name in names} | {"latent_scale": config.latent_scale}
     wanted = {name: getattr(SD21_BASE, name) for name in names} | {"latent_scale": LATENT_SCALE}
     differing = [f"{name} {found[name]} instead of {wanted[name]}" for name in found if found[name] != wanted[name]]

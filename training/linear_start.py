@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # Of the regression. Less gives a better fit with larger weights, which the first steps of training then upset.
 _RIDGE = 0.1
 _CONSTANT = 0.25  # of the constant channels; about the size of the others
-_LOG_VARIANCE = -6.0  # of the posterior at the start; at torch's default (near 0) the noise drowns the untrained mean
+LOG_VARIANCE = -6.0  # of the posterior at the start; at torch's default (near 0) the noise drowns the untrained mean
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def fit_ends(model: AutoencoderKL, images: Tensor) -> None:
         nn.init.dirac_(conv.weight)
     channels = model.config.latent_channels
     quant.weight[channels:] = 0.0
-    cast(Tensor, quant.bias)[channels:] = _LOG_VARIANCE
+    cast(Tensor, quant.bias)[channels:] = LOG_VARIANCE
     _solve(model.decoder.conv_out, images, lambda: model.decode(model.encode(images).latent_dist.mode()))
 
 

@@ -18,12 +18,12 @@ VAE_LORA_TARGETS = r"encoder\.(.*\.)?(conv_in|conv_out|conv|conv1|conv2|conv_sho
 
 
 def build_unet(
-    widths: tuple[int, ...], head_channels: int, context_dim: int, norm_groups: int = 32
+    widths: tuple[int, ...], head_channels: int, context_dim: int, norm_groups: int = 32, latent_channels: int = 4
 ) -> UNet2DConditionModel:
     """Return Stable Diffusion 2.1's UNet at the given widths (SD 2.1: 320, 640, 1280, 1280; heads of 64; 1024)."""
     return UNet2DConditionModel(
-        in_channels=4,
-        out_channels=4,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         block_out_channels=widths,
@@ -36,7 +36,9 @@ def build_unet(
     )
 
 
-def build_autoencoder(widths: tuple[int, ...], blocks: int, norm_groups: int = 32) -> AutoencoderKL:
+def build_autoencoder(
+    widths: tuple[int, ...], blocks: int, norm_groups: int = 32, latent_channels: int = 4
+) -> AutoencoderKL:
     """Return Stable Diffusion's autoencoder at the given widths, randomly initialised."""
     return AutoencoderKL(
         in_channels=3,
@@ -45,7 +47,7 @@ def build_autoencoder(widths: tuple[int, ...], blocks: int, norm_groups: int = 3
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=widths,
         layers_per_block=blocks,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=norm_groups,
     )
 

@@ -130,7 +130,7 @@ class _ClearSR(ClearSRStage):
 
     def batch(self, step: int) -> PairBatch:
         settings, count, side = self.settings, len(self.rows), self.settings.crop // 8
-        latents = torch.empty(count, 4, side, side)
+        latents = torch.empty(count, self.model.control.config.latent_channels, side, side)
         images = torch.empty(count, 3, settings.crop, settings.crop)
         hq = torch.empty_like(latents) if settings.crops else torch.empty_like(images)
         timesteps = torch.empty(count, dtype=torch.long)
@@ -145,7 +145,9 @@ class _Base(BaseStage):
     def __init__(self, settings: BaseSettings, networks: BaseConfig | None) -> None:
         self.settings = settings
         if networks is not None:
-            self.vae = models.build_autoencoder(networks.vae_widths, networks.vae_blocks, networks.norm_groups)
+            self.vae = models.build_autoencoder(
+                networks.vae_widths, networks.vae_blocks, networks.norm_groups, networks.latent_channels
+            )
         elif (settings.vae / "config.json").is_file():
             self.vae = AutoencoderKL.from_config(AutoencoderKL.load_config(settings.vae))
         else:
@@ -155,7 +157,11 @@ class _Base(BaseStage):
             )
         self.vae.requires_grad_(False)
         self.unet = models.build_unet(
-            settings.widths, settings.head_channels, settings.context_dim, settings.norm_groups
+            settings.widths,
+            settings.head_channels,
+            settings.context_dim,
+            settings.norm_groups,
+            self.vae.config.latent_channels,
         )
         self.module = NoisePrediction(self.unet, self.vae, torch.empty(1, settings.context_dim))
 
@@ -164,14 +170,17 @@ class _Base(BaseStage):
 
     def batch(self, step: int) -> LatentBatch:
         count, crop, side = len(self.rows), self.settings.crop, self.settings.crop // 8
-        hq = torch.empty(count, 4, side, side) if self.settings.crops else torch.empty(count, 3, crop, crop)
-        return LatentBatch(hq, torch.empty(count, 4, side, side), torch.empty(count, dtype=torch.long))
+        noise = torch.empty(count, self.unet.config.in_channels, side, side)
+        hq = torch.empty_like(noise) if self.settings.crops else torch.empty(count, 3, crop, crop)
+        return LatentBatch(hq, noise, torch.empty(count, dtype=torch.long))
 
 
 class _Autoencoder(AutoencoderStage):
     def __init__(self, settings: AutoencoderSettings) -> None:
         self.settings = settings
-        self.model = models.build_autoencoder(settings.widths, settings.blocks, settings.norm_groups)
+        self.model = models.build_autoencoder(
+            settings.widths, settings.blocks, settings.norm_groups, settings.latent_channels
+        )
         judge = PatchDiscriminator(settings.discriminator_width) if settings.adversarial_weight else None
         self.module = Reconstruction(settings, self.model, judge)
 
@@ -180,7 +189,7 @@ class _Autoencoder(AutoencoderStage):
 
     def batch(self, step: int) -> CropBatch:
         count, crop = len(self.rows), self.settings.crop
-        noise = torch.empty(count, 4, crop // 8, crop // 8)
+        noise = torch.empty(count, self.settings.latent_channels, crop // 8, crop // 8)
         disturbance, restored = torch.empty_like(noise), torch.empty_like(noise)
         is_restored = torch.zeros(count, dtype=torch.bool, device=noise.device)
         return CropBatch(torch.empty(count, 3, crop, crop), noise, disturbance, restored, is_restored, heard=True)

@@ -52,11 +52,11 @@ def run(settings: ReplaceSettings) -> None:
         )
     vae = AutoencoderKL.from_pretrained(settings.run / "vae", local_files_only=True, use_safetensors=True)
     ours = stored.tensors["base.vae"]
-    found = (tuple(vae.config.block_out_channels), vae.config.layers_per_block)
-    wanted = (networks.vae_widths, networks.vae_blocks)
+    found = (tuple(vae.config.block_out_channels), vae.config.layers_per_block, vae.config.latent_channels)
+    wanted = (networks.vae_widths, networks.vae_blocks, networks.latent_channels)
     if found != wanted:
         raise ValueError(
-            f"--run={settings.run} has an autoencoder of (widths, blocks) {found}, --checkpoint="
+            f"--run={settings.run} has an autoencoder of (widths, blocks, latent_channels) {found}, --checkpoint="
             f"{settings.checkpoint} one of {wanted}: train the decoder with --init= that file and "
             "--freeze_encoder=true."
         )

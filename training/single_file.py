@@ -59,6 +59,7 @@ def _control(networks: BaseConfig) -> ControlConfig:
         widths=networks.unet_widths,
         head_channels=networks.head_channels,
         context_dim=networks.context_dim,
+        latent_channels=networks.latent_channels,
         norm_groups=networks.norm_groups,
     )
 

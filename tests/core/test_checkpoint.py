@@ -132,10 +132,15 @@ def test_half_precision_and_views_are_written_as_they_are(tmp_path):
         dataclasses.replace(CONFIG, image_encoder=False, prompt_mode="patch", clip_width=24),
         dataclasses.replace(CONFIG, control=dataclasses.replace(TINY, use_spm=False, window_attention=False)),
         dataclasses.replace(CONFIG, control=dataclasses.replace(TINY, use_dpm=False, control_input="lr+xt")),
+        dataclasses.replace(
+            CONFIG,
+            control=dataclasses.replace(TINY, latent_channels=16),
+            base=dataclasses.replace(CONFIG.base, latent_channels=16),
+        ),
     ],
 )
-def test_ablations_have_only_their_own_parts(tmp_path, config):
-    path = tmp_path / "ablation.safetensors"
+def test_variants_have_only_their_own_parts(tmp_path, config):
+    path = tmp_path / "variant.safetensors"
     write(path, checkpoint(config))
     assert read(path).config == config
     assert ("spm" in read(path).tensors) == config.control.use_spm

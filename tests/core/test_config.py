@@ -40,6 +40,11 @@ NANO_NETWORKS = BaseConfig((64, 64, 128, 128), 32, 64, (32, 32, 64, 128), 1, 8)
             prompt_mode="null",
             recommended=RecommendedSampling("linspace", 50, 4.0, "noise", text=True),
         ),
+        ClearSRConfig(
+            control=dataclasses.replace(NANO, latent_channels=16),
+            base=dataclasses.replace(NANO_NETWORKS, latent_channels=16),
+            latent_rgb=((0.1, 0.2, 0.3),) * 16,
+        ),
     ],
 )
 def test_json_round_trip(config):
@@ -50,6 +55,9 @@ def test_a_missing_key_has_its_default_so_old_files_stay_readable():
     assert ClearSRConfig.from_dict({}) == ClearSRConfig()
     assert ClearSRConfig().control.control_text == "null" and ClearSRConfig().recommended is None
     assert ControlConfig.from_dict({"widths": [32, 32, 32, 32], "head_channels": 16, "context_dim": 16}) == TINY
+    table = NANO_NETWORKS.to_dict()
+    assert table.pop("latent_channels") == 4
+    assert BaseConfig.from_dict(table) == NANO_NETWORKS
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,8 @@ def test_a_file_without_a_base_needs_stable_diffusion_2_1():
         ClearSRConfig(NANO)
     with pytest.raises(ValueError, match="the base has"):
         ClearSRConfig(TINY, base=NANO_NETWORKS)
+    with pytest.raises(ValueError, match="latent_channels"):
+        ClearSRConfig(dataclasses.replace(NANO, latent_channels=16), base=NANO_NETWORKS)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ def tiny_config(**changes: Any) -> Any:
     import dataclasses
 
     config = module("clearsr_core.config")
+    latent_channels = changes.get("control_latent_channels", 4)
     control = {key.removeprefix("control_"): value for key, value in changes.items() if key.startswith("control_")}
     control = {("control_" + key if key in ("input", "time", "text") else key): value for key, value in control.items()}
     rest = {key: value for key, value in changes.items() if not key.startswith("control_")}
@@ -157,8 +158,8 @@ def tiny_config(**changes: Any) -> Any:
         "control": dataclasses.replace(config.TINY, **{"widths": (32, 32, 64, 64), "norm_groups": 8, **control}),
         "lora_rank": 4,
         "prompt_mode": "pooled",
-        "base": config.BaseConfig((32, 32, 64, 64), 16, 16, (32, 32, 32, 32), 1, 8),
-        "latent_rgb": ((0.3, 0.2, 0.1), (0.1, 0.2, 0.3), (0.2, 0.1, 0.0), (0.0, 0.1, 0.2)),
+        "base": config.BaseConfig((32, 32, 64, 64), 16, 16, (32, 32, 32, 32), 1, 8, latent_channels),
+        "latent_rgb": ((0.3, 0.2, 0.1), (0.1, 0.2, 0.3), (0.2, 0.1, 0.0), (0.0, 0.1, 0.2)) * (latent_channels // 4),
         "image_encoder": True,
     }
     return config.ClearSRConfig(**{**values, **rest})

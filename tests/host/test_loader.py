@@ -74,6 +74,19 @@ def test_own_base_and_connected_sockets_do_not_mix(tiny) -> None:
         load(tiny["name"], vae=tiny["vae"])
 
 
+def test_a_file_with_16_latent_channels_runs() -> None:
+    """Encode, control, sample, decode: MODEL and VAE have the number of the file."""
+    name = rig.write("sixteen.safetensors", rig.tiny_checkpoint(rig.tiny_config(control_latent_channels=16)))
+    model, vae, clearsr = load(name)
+    assert model.model.latent_format.latent_channels == vae.latent_channels == 16
+    latent, _ = rig.run("ClearSRLREncode", clearsr=clearsr, image=rig.images(), scale=4.0)
+    assert latent["samples"].shape == (1, 16, 8, 8)
+    controlled = rig.run("ClearSRControlApply", model=model, clearsr=clearsr, lr_latent=latent)
+    result = rig.run("ClearSRLSAKSampler", model=controlled, lr_latent=latent, steps=2)["samples"]
+    assert result.shape == (1, 16, 8, 8) and torch.isfinite(result).all()
+    assert vae.decode(result).shape == (1, 64, 64, 3)
+
+
 @pytest.fixture
 def baseless(monkeypatch, tiny):
     """A file that needs the user's MODEL and VAE; the tiny base stands for SD 2.1-base, which no test can hold."""

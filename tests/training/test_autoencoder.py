@@ -22,16 +22,16 @@ def _settings(**changes: float) -> AutoencoderSettings:
     return config.build(AutoencoderSettings, {**table, **changes}, {})
 
 
-def _module(**changes: float) -> Reconstruction:
+def _module(latent_channels: int = 4, **changes: float) -> Reconstruction:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # torch's layers draw their first weights from nothing else; fork_rng puts it back
-        return Reconstruction(_settings(**changes), build_autoencoder((32, 32, 32, 32), 1, 8), None)
+        return Reconstruction(_settings(**changes), build_autoencoder((32, 32, 32, 32), 1, 8, latent_channels), None)
 
 
-def _batch() -> CropBatch:
+def _batch(latent_channels: int = 4) -> CropBatch:
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1
-    noise, disturbance, restored = torch.randn(3, 3, 4, 8, 8, generator=generator)
+    noise, disturbance, restored = torch.randn(3, 3, latent_channels, 8, 8, generator=generator)
     return CropBatch(images, noise, 0.2 * disturbance, restored, torch.tensor([False, True, False]), heard=False)
 
 
@@ -58,11 +58,11 @@ def test_the_weights_are_those_that_are_documented() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("alone", [None, *WEIGHTS])
-def test_the_loss_is_the_sum_of_its_weighted_terms(alone: str | None) -> None:
+@pytest.mark.parametrize(("alone", "latent_channels"), [*((name, 4) for name in (None, *WEIGHTS)), (None, 16)])
+def test_the_loss_is_the_sum_of_its_weighted_terms(alone: str | None, latent_channels: int) -> None:
     """L1 with weight 1, and every other term with its own; each is looked at alone, so that none hides the next."""
     weights = WEIGHTS if alone is None else {name: 2.0 * (name == alone) for name in WEIGHTS}
-    module, batch = _module(**weights), _batch()
+    module, batch = _module(latent_channels, **weights), _batch(latent_channels)
     terms = _terms(module, batch)
     expected = terms["l1"] + sum(weight * terms[name] for name, weight in weights.items())
     loss, figures = module(batch)

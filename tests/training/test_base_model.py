@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from clearsr_core.config import SD21_NETWORKS, BaseConfig, ControlConfig
 from clearsr_core.key_maps import unet_to_host, vae_to_host
 from training import empty_prompt
-from training.base_files import RANDOM, random_networks
+from training.base_files import RANDOM, layout, random_networks
 from training.base_model import BaseModel
 from training.single_file import TEXT, UNET, VAE, refuse_v_prediction
 
@@ -282,6 +282,11 @@ def test_other_folders_are_called_by_their_name(base: BaseModel, tmp_path: Path,
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=said):
         BaseModel.load(tmp_path)
+
+
+def test_unet_and_autoencoder_have_the_same_latents(base: BaseModel) -> None:
+    with pytest.raises(ValueError, match="autoencoder's latents have 4 channels, the UNet reads 16"):
+        layout({**base.unet.config, "in_channels": 16}, base.vae.config)
 
 
 def test_folders_that_are_not_whole(base: BaseModel, tmp_path: Path) -> None:

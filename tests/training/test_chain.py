@@ -80,6 +80,24 @@ def test_a_lora_that_is_off_stays_silent(chain: Path, tmp_path: Path, part: str)
         assert moved == (lora != part), lora
 
 
+def test_latents_of_16_channels_go_through_all_stages(chain: Path, tmp_path: Path) -> None:
+    """Autoencoder, base and ClearSR stage take the number from the one before; the file is read back with it."""
+    shared = [f"--data={chain}/photographs", "--steps=1", "--threads=1", "--crop=64", "--batch=2"]
+    autoencoder = ["--preset=nano_autoencoder", "--widths=32,32,32,32", "--latent_channels=16", "--validate_every=0"]
+    assert train.main([*autoencoder, *shared, f"--out={tmp_path}/autoencoder"]) == 0
+    shared += [f"--cache={tmp_path}/latents.safetensors", "--crops=4", "--validate_every=1"]
+    base = ["--preset=nano_base", "--widths=32,32,64,64", "--context_dim=16", f"--vae={tmp_path}/autoencoder/vae"]
+    assert train.main([*base, *shared, f"--out={tmp_path}/base"]) == 0
+    assert train.main(["--preset=nano", *shared, f"--base={tmp_path}/base", f"--out={tmp_path}/nano"]) == 0
+    stored = checkpoint.read(tmp_path / "nano" / "clearsr.safetensors")
+    assert stored.config.base is not None and stored.config.latent_rgb is not None
+    assert stored.config.base.latent_channels == stored.config.control.latent_channels == 16
+    assert len(stored.config.latent_rgb) == 16
+    model = ClearSRModel.from_checkpoint(tmp_path / "nano" / "clearsr.safetensors")
+    result = restore_picture(model, torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), 0, steps=1)
+    assert torch.isfinite(result).all()
+
+
 def test_checkpoint_tells_its_origin_but_no_paths(chain: Path) -> None:
     training = checkpoint.read(chain / "nano" / "clearsr.safetensors").training
     assert training["photographs"] == 2

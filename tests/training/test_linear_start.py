@@ -16,11 +16,11 @@ def coloured(seed: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(coarse, (64, 64), mode="bilinear", align_corners=False)
 
 
-def error_of_means(groups: int) -> float:
+def error_of_means(groups: int, latent_channels: int = 4) -> float:
     """Mean error of the 8x8 means on pictures that the start has not seen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build_autoencoder((32, 32, 64, 128), 1, groups)
+        model = build_autoencoder((32, 32, 64, 128), 1, groups, latent_channels)
     start_linear(model)
     fit_ends(model, coloured(1))
     images = coloured(2)
@@ -29,9 +29,10 @@ def error_of_means(groups: int) -> float:
     return float(torch.nn.functional.avg_pool2d(restored - images, 8).abs().mean())
 
 
-def test_starts_in_colour() -> None:
+@pytest.mark.parametrize("latent_channels", [4, 16])
+def test_starts_in_colour(latent_channels: int) -> None:
     """Measured: 0.18, where grey would be 0.35."""
-    assert error_of_means(8) < 0.7 * float(torch.nn.functional.avg_pool2d(coloured(2), 8).abs().mean())
+    assert error_of_means(8, latent_channels) < 0.7 * float(torch.nn.functional.avg_pool2d(coloured(2), 8).abs().mean())
 
 
 def test_single_channel_groups_lose_the_colours() -> None:
