@@ -36,7 +36,7 @@ class AutoencoderSettings(DataSettings):
     stage = "autoencoder"
 
     widths: tuple[int, ...] = (32, 32, 64, 128)  # channels per level, finest first
-    latent_channels: int = 4
+    latent_channels: int = 4  # of the latent; 4 are those of Stable Diffusion
     norm_groups: int = 8  # of every group norm; a group of one or two channels loses the colours
     blocks: int = 1  # residual blocks per encoder level (the decoder has one more)
     batch: int = 4

@@ -190,7 +190,7 @@ def check_unet_config(folder: Path) -> None:
         found = "SDXL"
     elif config.get("cross_attention_dim") == 768:
         found = "Stable Diffusion 1.x (its text is 768 wide)"
-    elif config.get("in_channels", 4) != 4:
+    elif config.get("in_channels", 4) != config.get("out_channels", 4):
         found = f"an inpainting, depth or edit model with {config['in_channels']} input channels"
     elif not config.get("use_linear_projection", False) or config.get("class_embed_type") is not None:
         found = "no Stable Diffusion 2 model, by the configuration of its UNet"

@@ -38,7 +38,7 @@ class GrowSettings:
 
     vae: Path  # the `vae` folder of a run, or a self-contained ClearSR file
     out: Path  # folder for the larger one, for --init= of the autoencoder stage
-    latent_channels: int = 16
+    latent_channels: int = 16  # of the larger latent
     widths: tuple[int, ...] = ()  # channels per level, finest first; empty = as they are
     seed: int = 0  # of the new channels' weights
 
