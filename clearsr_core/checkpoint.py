@@ -115,7 +115,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
 
 
 def verify(path: Path, meant: Checkpoint, target: Path) -> None:
-    """Compare a file with what was to be written: configuration, notes, and every number, bit for bit.
+    """Compare a written file with the intended checkpoint: configuration, notes and every number, bit for bit.
 
     Few tensors are read at a time, so that a large file needs little memory.
 

@@ -155,7 +155,7 @@ class AutoencoderStage:
             if not 0.0 <= settings.restored_share <= 1.0:
                 raise ValueError(f"--restored_share={settings.restored_share}: give a number from 0 to 1.")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(settings.seed)  # torch's layers draw from nothing else; fork_rng puts it back
             self.model = build_autoencoder(
                 settings.widths, settings.blocks, settings.norm_groups, settings.latent_channels
             )

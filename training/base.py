@@ -89,7 +89,7 @@ class BaseStage:
             raise ValueError(f"--best={settings.best}: this stage draws pictures that have no partner to measure by.")
         self.vae = load_autoencoder(settings.vae).to(settings.device).eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(settings.seed)  # torch's layers draw from nothing else; fork_rng puts it back
             self.unet = models.build_unet(
                 settings.widths,
                 settings.head_channels,

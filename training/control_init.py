@@ -68,7 +68,7 @@ def start_dpm(control: ClearSRControl, path: Path) -> dict[str, str]:
     """Copy the imported weights into DPM, in place.
 
     Returns:
-        What a run notes about its first weights: file and SHA-256, the network that was imported, its licence.
+        The record of the first weights for the run's notes: file, SHA-256, imported network, licence.
 
     Raises:
         ValueError: as `check`, or a weight is not a finite number.

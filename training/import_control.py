@@ -216,7 +216,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         what = "empty" if not start else "a web page" if start[:1] == b"<" else "a Git LFS pointer"
         raise ValueError(f"{path} is {what}, not the weights. Please download it again.")
     try:
-        # Memory-mapped, so that each weight is read when it is written; the pickles of old versions of torch cannot be.
+        # The weights are published as a pickle; weights_only refuses all code in it. Memory-mapped, so that each weight
+        # is read when it is written, except pickles of old versions of torch, which cannot be.
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK\x03\x04"))
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -281,7 +281,7 @@ def test_the_control_is_kept_between_steps_by_its_text(diffbir, encoded) -> None
 
 
 def test_tiles_read_the_text_of_their_conditioning(diffbir) -> None:
-    """Each tile of one text and the other; one tile is the whole picture, bit for bit."""
+    """Tiles read both texts; a single tile equals sampling in one piece, bit for bit."""
     latent, _ = rig.run("ClearSRLREncode", clearsr=diffbir["clearsr"], image=rig.images(1, 192, 128), scale=1.0)
     noise = noise_like(latent)
     whole = predict(apply(diffbir, latent), noise, cfg=CFG)

@@ -50,7 +50,7 @@ FILES = {
 
 @pytest.fixture(scope="module", params=FILES)
 def config(request):
-    """What is controlled with: a file of this pack's training, and one with DiffBIR's control network."""
+    """Configurations of both kinds of control: trained by this pack, and imported from DiffBIR."""
     return rig.tiny_config(**FILES[request.param])
 
 

@@ -18,7 +18,7 @@ WIDTHS = (8, 8, 16, 16)
 
 def _small() -> AutoencoderKL:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # torch's layers draw from nothing else; fork_rng puts it back
         return build_autoencoder(WIDTHS, 1, 4)
 
 
